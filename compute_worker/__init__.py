@@ -1,0 +1,1 @@
+"""compute_worker: the agent on every hypervisor host that turns messages into virtual machines."""

@@ -1,0 +1,1 @@
+"""Image stores and the cache of base images."""

@@ -1,0 +1,1 @@
+"""The choreography: what each message makes of an instance, one module per family."""

@@ -1,0 +1,1 @@
+"""Plugging virtual interfaces and waiting for plug events."""

@@ -1,0 +1,1 @@
+"""Durable operations: journal, runner, undo, COMMIT, resume. Knows nothing of virtual machines."""

@@ -1,0 +1,1 @@
+"""Messages in and out: transport, durable accept, typed client, AsyncAPI description."""

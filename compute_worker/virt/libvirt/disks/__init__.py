@@ -1,0 +1,1 @@
+"""Disk backends, base cache, qemu-img under limits."""
