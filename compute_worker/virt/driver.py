@@ -43,7 +43,7 @@ class Job(Protocol):
         """Say how far it is; cheap, call it as often as it is natural."""
 
     def check(self) -> None:
-        """Raise :class:`~compute_worker.errors.Cancelled` when somebody asked for it. Call it once a second or oftener."""
+        """Raise :class:`~compute_worker.errors.Cancelled` when somebody asked for it. Call it once a second."""
 
     def on_cancel(self, callback: Callable[[], None]) -> AbstractContextManager[None]:
         """While the context is open, ``callback`` is called once, from another thread, if the job is cancelled
