@@ -104,6 +104,8 @@ class Retryable(ComputeError):
 
     template = "not possible right now"
     reschedulable = True
+    patient: ClassVar[bool] = False
+    """Whether waiting is the only thing to do (something is down): tried again without counting."""
 
 
 class Broken(ComputeError):
@@ -220,6 +222,7 @@ class HostFull(Unschedulable):
 
 class HypervisorUnavailable(Retryable):
     template = "the hypervisor does not answer: {reason}"
+    patient = True
 
 
 class HypervisorBusy(Retryable):
@@ -228,6 +231,7 @@ class HypervisorBusy(Retryable):
 
 class PeerUnavailable(Retryable):
     template = "host {host} does not answer"
+    patient = True
 
 
 class ImageStoreUnavailable(Retryable):
