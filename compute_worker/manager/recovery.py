@@ -1,0 +1,252 @@
+"""What a worker does when it starts: compare what the journal says with what the hypervisor says.
+
+The decisions are pure (:func:`decide_guest`, :func:`decide_stranger`); :class:`Recovery` carries them out. Open
+operations are not decided here: they go on by themselves, and their instances are left to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+
+from compute_worker import errors
+from compute_worker.manager import delete, power
+from compute_worker.manager.core import Core, Wish, accept
+from compute_worker.messages import Context
+from compute_worker.objects import Instance
+from compute_worker.operations import journal
+from compute_worker.operations.database import Database, Tx
+from compute_worker.operations.service import Admit, Operations
+from compute_worker.states import EXPECTED_POWER, PowerState, VmState, observed
+from compute_worker.virt.driver import GuestInfo
+
+LOG = logging.getLogger(__name__)
+
+
+class Action(StrEnum):
+    """What is done about one guest or one stranger."""
+
+    NOTHING = "nothing"
+    START = "start"
+    """It ran when the host went down: start it."""
+    RECORD = "record"
+    """Change the record to what the hypervisor says, and tell."""
+    ADOPT = "adopt"
+    """The journal was lost: write the record again from what stands beside the disks."""
+    DELETE = "delete"
+    """It was deleted: remove what is left."""
+    REPORT = "report"
+    """Not ours to touch."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFacts:
+    """What is known of an instance in the store."""
+
+    vm_state: VmState
+    power: PowerState
+    """``NOSTATE``: the hypervisor has no such guest."""
+    busy: bool
+    host_rebooted: bool
+    resume_wanted: bool
+    migrating: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StrangerFacts:
+    """What is known of an instance uuid that the hypervisor or the disk has and the store has not."""
+
+    deleted: bool
+    has_record: bool
+    owner: str | None
+    this_host: str
+    running: bool
+
+
+def decide_guest(facts: GuestFacts) -> tuple[Action, str]:
+    """What to do about an instance of the store, and why."""
+    if facts.busy:
+        return Action.NOTHING, "an open operation goes on with it"
+    if facts.migrating:
+        return Action.NOTHING, "a migration of it is in flight"
+    if EXPECTED_POWER.get(facts.vm_state) is facts.power:
+        return Action.NOTHING, "as recorded"
+    lost = facts.power in (PowerState.SHUTDOWN, PowerState.CRASHED, PowerState.NOSTATE)
+    if facts.host_rebooted and lost and facts.vm_state in (VmState.ACTIVE, VmState.PAUSED):
+        if facts.resume_wanted:
+            return Action.START, f"the host went down while it was {facts.vm_state}"
+        return Action.RECORD, "the host went down, and resume_guests_state_on_host_boot is off"
+    becomes, why = observed(facts.vm_state, facts.power)
+    if becomes is facts.vm_state:
+        return Action.NOTHING, why
+    return Action.RECORD, why
+
+
+def decide_stranger(facts: StrangerFacts) -> tuple[Action, str]:
+    """What to do about a uuid that the store does not have, and why."""
+    if facts.deleted:
+        return Action.DELETE, "it was deleted: what is left of it goes"
+    if not facts.has_record:
+        return Action.REPORT, "nothing says whose it is"
+    if facts.owner != facts.this_host:
+        return Action.REPORT, f"its record names host {facts.owner} as owner"
+    return Action.ADOPT, "its record beside its disks names this host as owner; the journal has lost it"
+
+
+class Recovery:
+    """Compares, at start and whenever the hypervisor comes back.
+
+    :param boot_mark: tells one boot of this host from another.
+    """
+
+    def __init__(self, core: Core, operations: Operations, boot_mark: str) -> None:
+        self._core = core
+        self._operations = operations
+        self._rebooted = _remember_boot(core.database, boot_mark)
+
+    @property
+    def host_rebooted(self) -> bool:
+        """Whether the host was booted since this journal was last used."""
+        return self._rebooted
+
+    def compare(self) -> dict[str, tuple[Action, str]]:
+        """Look at every instance and every stranger, act, and return what was decided by uuid.
+
+        :raises HypervisorUnavailable: it does not answer; call again when it does.
+        """
+        guests = {guest.uuid: guest for guest in self._core.driver.list_instances()}
+        busy = {e.instance for e in self._core.database.read(journal.open_entries)}
+        decided = {i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy) for i in self._core.store.list()}
+        decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid})
+        self._rebooted = False
+        for instance, (action, why) in decided.items():
+            if action is not Action.NOTHING:
+                LOG.warning("instance %s: %s: %s", instance, action, why)
+        return decided
+
+    def _guest(self, instance: Instance, guest: GuestInfo | None, busy: bool) -> tuple[Action, str]:
+        facts = GuestFacts(
+            vm_state=instance.vm_state,
+            power=guest.power_state if guest else PowerState.NOSTATE,
+            busy=busy,
+            host_rebooted=self._rebooted,
+            resume_wanted=self._core.settings.compute.resume_guests_state_on_host_boot,
+            migrating=guest.migrating if guest else False,
+        )
+        action, why = decide_guest(facts)
+        if action is Action.START:
+            self._start(instance)
+        elif action is Action.RECORD:
+            record_observed(self._core, self._operations, instance.uuid, facts.power, why)
+        return action, why
+
+    def _start(self, instance: Instance) -> None:
+        def admit(tx: Tx) -> bool:
+            self._core.store.change(tx, instance.uuid, power_state=PowerState.SHUTDOWN)
+            return power.admit(self._core, tx, instance.uuid, "start_instance")
+
+        self._command("start_instance", instance.uuid, admit)
+
+    def _command(self, kind: str, instance: str, admit: Admit) -> None:
+        context = Context(request_id=f"req-{uuid.uuid4()}", message_id=str(uuid.uuid4()))
+        try:
+            accept(self._operations, context, kind, Wish(None, None, False), admit, instance=instance)
+        except errors.Refused as exc:
+            LOG.warning("instance %s: %s at start was refused: %s", instance, kind, exc)
+
+    def _strangers(self, guests: dict[str, GuestInfo], known: set[str]) -> dict[str, tuple[Action, str]]:
+        records = {record.uuid: record for record in self._core.driver.list_records()}
+        found = {left.uuid for left in self._core.driver.list_leftovers()} | set(guests) | set(records)
+        decided = {}
+        for stranger in sorted(found - known):
+            record, guest = records.get(stranger), guests.get(stranger)
+            owner = guest.owner if guest is not None and guest.owner else record.host if record else None
+            facts = StrangerFacts(
+                deleted=self._core.database.read(lambda tx, u=stranger: self._core.store.is_deleted(tx, u)),  # type: ignore[misc]
+                has_record=record is not None,
+                owner=owner,
+                this_host=self._core.host,
+                running=guest is not None and guest.power_state is PowerState.RUNNING,
+            )
+            action, why = decide_stranger(facts)
+            if action is Action.ADOPT and record is not None:
+                self._adopt(record, guest)
+            elif action is Action.DELETE and record is not None:
+                self._delete(record)
+            decided[stranger] = (action, why)
+        return decided
+
+    def _adopt(self, record: Instance, guest: GuestInfo | None) -> None:
+        power_state = guest.power_state if guest else PowerState.SHUTDOWN
+        by_power = {expected: state for state, expected in EXPECTED_POWER.items()}
+        adopted = msgspec.structs.replace(
+            record, vm_state=by_power.get(power_state, VmState.ERROR), task_state=None, power_state=power_state
+        )
+
+        def write(tx: Tx) -> None:
+            self._core.store.put(tx, adopted)
+            self._core.claims.force(tx, adopted)
+
+        self._core.database.write(write)
+
+    def _delete(self, record: Instance) -> None:
+        def admit(tx: Tx) -> bool:
+            self._core.store.put(tx, record)
+            return delete.admit(self._core, tx, record.uuid)
+
+        self._command("terminate_instance", record.uuid, admit)
+
+
+def record_observed(core: Core, operations: Operations, instance: str, found: PowerState, why: str) -> bool:
+    """Change the record to what the hypervisor says, unless an operation is at it; tell by notification.
+
+    Returns whether anything changed. Guests are never touched by this.
+    """
+
+    def write(tx: Tx) -> bool:
+        record = core.store.find(tx, instance)
+        if record is None or journal.open_entries(tx, instance):
+            return False
+        becomes, _ = observed(record.vm_state, found)
+        if becomes is record.vm_state and found is record.power_state:
+            return False
+        fault = why if becomes is VmState.ERROR else record.fault
+        core.store.change(tx, instance, vm_state=becomes, power_state=found, fault=fault)
+        body = {
+            "instance": instance,
+            "kind": "power_state",
+            "state": becomes.value,
+            "power_state": found.value,
+            "reason": why,
+        }
+        crashed = becomes is VmState.ERROR
+        operations.outbox.add(tx, "instance.power_state", body, priority="ERROR" if crashed else "INFO")
+        return True
+
+    changed = core.database.write(write)
+    if changed:
+        operations.outbox.ring()
+        LOG.warning("instance %s: power state %s outside any operation: %s", instance, found, why)
+    return changed
+
+
+def _remember_boot(database: Database, boot_mark: str) -> bool:
+    """Whether ``boot_mark`` differs from what was remembered; it is remembered now."""
+
+    def write(tx: Tx) -> bool:
+        row = tx.execute("SELECT value FROM meta WHERE name = 'boot_mark'").fetchone()
+        tx.execute("INSERT OR REPLACE INTO meta VALUES ('boot_mark', ?)", (boot_mark,))
+        return row is not None and row[0] != boot_mark
+
+    return database.write(write)
+
+
+def boot_mark() -> str:
+    """This boot of this host: the kernel's boot id and the start of its first process (a container's own, in one)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot_id, open("/proc/1/stat", "rb") as init:
+        started = init.read().rpartition(b")")[2].split()[19].decode()
+        return f"{boot_id.read().strip()}/{started}"

@@ -1,0 +1,154 @@
+"""The manager as one object: journal, store, claims, operations and endpoints of one host, started and stopped."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from compute_worker import claims as claims_module
+from compute_worker import store as store_module
+from compute_worker.claims import Claims
+from compute_worker.config import Settings
+from compute_worker.errors import ComputeError
+from compute_worker.manager import build, delete, immediate, power, recovery
+from compute_worker.manager.core import Core
+from compute_worker.manager.hostswitch import HostSwitch
+from compute_worker.manager.inventory import InventoryEndpoint
+from compute_worker.manager.lifecycle import LifecycleEndpoint
+from compute_worker.manager.watch import Watch
+from compute_worker.messages import Context
+from compute_worker.objects import HostState
+from compute_worker.operations.database import Database
+from compute_worker.operations.executor import Observer
+from compute_worker.operations.kinds import Kind
+from compute_worker.operations.schema import SCHEMA
+from compute_worker.operations.service import Operations
+from compute_worker.store import Store
+from compute_worker.virt.driver import ComputeDriver
+
+LOG = logging.getLogger(__name__)
+
+ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint)
+"""Every class that answers messages: what the server is handed and the AsyncAPI description is made from."""
+
+
+def kinds_of(core: Core) -> Mapping[str, Kind]:
+    """Every kind of operation by name."""
+    kinds = [
+        build.kind(core),
+        delete.kind(core),
+        *(power.kind(core, command) for command in power.POWER),
+        *(immediate.kind(name) for name in immediate.EVENTS),
+    ]
+    return {kind.name: kind for kind in kinds}
+
+
+class ComputeManager:
+    """One host.
+
+    :param announce: casts this host's state to a topic; the answer to a fanout ``announce``.
+    :param observer: sees every step (the kill harness).
+    :param on_end: told kind, final state and seconds of every operation.
+    :param on_commit: told the seconds of every journal commit.
+    :param boot_mark: tells one boot of this host from another; default: the kernel's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        driver: ComputeDriver,
+        *,
+        announce: Callable[[str, HostState], None] | None = None,
+        observer: Observer | None = None,
+        on_end: Callable[[str, str, float], None] | None = None,
+        on_commit: Callable[[float], None] | None = None,
+        boot_mark: str | None = None,
+    ) -> None:
+        path = Path(settings.compute.state_path)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        schemas = (SCHEMA, store_module.SCHEMA, claims_module.SCHEMA)
+        self.database = Database(path / "journal.sqlite", schemas, on_commit)
+        store = Store(self.database, settings.host)
+        self.core = Core(
+            settings, self.database, store, Claims(self.database, settings.host, settings.claims), driver
+        )
+        self._on_end = on_end
+        self.operations = Operations(
+            self.database,
+            settings.host,
+            kinds_of(self.core),
+            limits_of(settings),
+            max_queued=settings.compute.max_queued_operations,
+            step_attempts=settings.compute.step_attempts,
+            progress_interval=settings.compute.progress_interval,
+            key_retention=settings.compute.key_retention,
+            observer=observer,
+            on_end=self._ended,
+        )
+        switch = HostSwitch(self.database, settings.host)
+        self.recovery = recovery.Recovery(self.core, self.operations, boot_mark or recovery.boot_mark())
+        self.watch = Watch(self.core, self.operations, self.recovery)
+        self.lifecycle = LifecycleEndpoint(self.core, self.operations, switch)
+        self.inventory = InventoryEndpoint(self.core, self.operations, switch, announce or _nobody)
+        self._started = False
+
+    @property
+    def endpoints(self) -> list[object]:
+        """What the RPC server is handed."""
+        return [self.lifecycle, self.inventory]
+
+    def on_refused(self, context: Context, method: str, instance: str | None, error: ComputeError) -> None:
+        """What the RPC server tells of a cast that was refused: recorded and notified."""
+        self.operations.refuse(context, method, instance, error)
+
+    def start(self) -> None:
+        """Open the hypervisor, compare, and go on with every open operation. Commands may come when this returns.
+
+        :raises Broken: the driver cannot work on this host at all.
+        """
+        self.core.driver.init_host(self.core.host)
+        self.watch.start()
+        self.watch.compared.wait(timeout=1.0)
+        count = self.operations.start()
+        self._started = True
+        LOG.info("host %s: %d operations go on; journal %s", self.core.host, count, self.database.journal_id)
+
+    def stop(self, timeout: float) -> bool:
+        """Let short steps end, leave the rest to the journal. Returns whether all ended within ``timeout`` seconds.
+
+        Nothing is lost either way. Call it after the RPC server has stopped.
+        """
+        deadline = time.monotonic() + timeout
+        ended = self.operations.stop(timeout)
+        self.watch.stop()
+        closer = threading.Thread(target=self.core.driver.cleanup_host, daemon=True)
+        closer.start()
+        closer.join(max(1.0, deadline - time.monotonic()))
+        self.database.close()
+        return ended
+
+    def _ended(self, kind: str, instance: str | None, state: str, seconds: float) -> None:
+        if instance is not None:
+            self.watch.look_at(instance)
+        if self._on_end is not None:
+            self._on_end(kind, state, seconds)
+
+
+def limits_of(settings: Settings) -> dict[str, int]:
+    """How many operations of each class run at once."""
+    options = settings.compute
+    return {
+        "build": options.max_concurrent_builds,
+        "delete": options.max_concurrent_deletes,
+        "power": options.max_concurrent_power,
+        "outbound": options.max_concurrent_outbound,
+        "inbound": options.max_concurrent_inbound,
+        "snapshot": options.max_concurrent_snapshots,
+    }
+
+
+def _nobody(topic: str, state: HostState) -> None:
+    """Nobody is told."""

@@ -1,0 +1,80 @@
+"""Who may run now: one operation at a time for each instance, in order of arrival, and a limit for each class.
+
+Pure bookkeeping without threads; the runner calls it under its lock and starts what it returns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An operation that wants to run: its row, what it holds, its class."""
+
+    id: int
+    instance: str | None
+    limit: str
+
+
+class Admission:
+    """Tickets that wait and tickets that run.
+
+    :param limits: how many of each class run at once. A class that is not named has no limit.
+    """
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self._limits = dict(limits)
+        self._line: dict[str, deque[Ticket]] = {}
+        self._ready: dict[str, deque[Ticket]] = {}
+        self._running: dict[int, Ticket] = {}
+        self._count: Counter[str] = Counter()
+        self._waiting = 0
+
+    def add(self, ticket: Ticket) -> list[Ticket]:
+        """A new ticket at the end of its instance's line. Returns what may start now."""
+        self._waiting += 1
+        if ticket.instance is not None:
+            line = self._line.setdefault(ticket.instance, deque())
+            line.append(ticket)
+            if len(line) > 1:
+                return []
+        self._ready.setdefault(ticket.limit, deque()).append(ticket)
+        return self._start(ticket.limit)
+
+    def done(self, id_: int) -> list[Ticket]:
+        """A running ticket ended. Returns what may start now."""
+        ticket = self._running.pop(id_)
+        self._count[ticket.limit] -= 1
+        touched = {ticket.limit}
+        if ticket.instance is not None:
+            line = self._line[ticket.instance]
+            line.popleft()
+            if line:
+                self._ready.setdefault(line[0].limit, deque()).append(line[0])
+                touched.add(line[0].limit)
+            else:
+                del self._line[ticket.instance]
+        return [started for limit in sorted(touched) for started in self._start(limit)]
+
+    def _start(self, limit: str) -> list[Ticket]:
+        started = []
+        ready = self._ready.get(limit, deque())
+        while ready and self._count[limit] < self._limits.get(limit, len(ready) + self._count[limit]):
+            ticket = ready.popleft()
+            self._running[ticket.id] = ticket
+            self._count[limit] += 1
+            self._waiting -= 1
+            started.append(ticket)
+        return started
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return self._waiting
+
+    def running(self) -> dict[str, int]:
+        """How many run, by class."""
+        return {limit: count for limit, count in self._count.items() if count}

@@ -1,0 +1,162 @@
+"""One operation while it runs: what its steps work under. It is a :class:`compute_worker.virt.driver.Job`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from compute_worker.errors import Cancelled
+from compute_worker.objects import Progress
+from compute_worker.operations.journal import Entry
+
+_LOOK_AGAIN = 0.5
+_SMOOTH = 0.3
+
+
+class Stopping(BaseException):
+    """The worker is asked to end: the step is left where it is and done again after the restart."""
+
+
+class Run:
+    """What is known of an operation in memory; everything that must survive is in the journal.
+
+    ``results`` holds what earlier steps returned, by step name. ``progress`` is the last report.
+    """
+
+    def __init__(self, entry: Entry, results: dict[str, dict[str, Any]] | None = None) -> None:
+        self.id = entry.id
+        self.uuid = entry.uuid
+        self.chain = entry.chain
+        self.kind = entry.kind
+        self.instance = entry.instance
+        self.args = entry.args
+        self.request_id = entry.request_id
+        self.created_at = entry.created_at
+        self.committed = entry.committed
+        self.preempted = entry.preempted
+        self.results: dict[str, dict[str, Any]] = results or {}
+        self.progress: Progress | None = None
+        self.waiting_for: str | None = None
+        self.phase = entry.phase
+        self.reason: str | None = None
+        self.undoing = False
+        self._cancelled = entry.cancel_requested
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._callbacks: list[Callable[[], None]] = []
+        self._sample: tuple[float, int] | None = None
+        self.on_report: Callable[[Run, bool], None] | None = None
+
+    def report(
+        self, phase: str, done_bytes: int | None = None, total_bytes: int | None = None, **detail: float | int | str
+    ) -> None:
+        """How far it is. The rate is smoothed over reports; the rest follows from it."""
+        before = self.progress
+        rate = before.rate if before is not None and before.phase == phase else None
+        now = time.monotonic()
+        if done_bytes is not None:
+            if self._sample is not None and before is not None and before.phase == phase:
+                seconds, amount = now - self._sample[0], done_bytes - self._sample[1]
+                if seconds >= _LOOK_AGAIN and amount >= 0:
+                    fresh = amount / seconds
+                    rate = fresh if rate is None else _SMOOTH * fresh + (1 - _SMOOTH) * rate
+                    self._sample = (now, done_bytes)
+            else:
+                self._sample = (now, done_bytes)
+        eta = None
+        if rate and done_bytes is not None and total_bytes is not None:
+            eta = max(0.0, (total_bytes - done_bytes) / rate)
+        self.progress = Progress(
+            phase=phase, done_bytes=done_bytes, total_bytes=total_bytes, rate=rate, eta=eta, detail=detail
+        )
+        if self.on_report is not None:
+            self.on_report(self, before is None or before.phase != phase)
+
+    def explain(self, reason: str) -> None:
+        """Why the step does what it does; journalled with its end."""
+        self.reason = reason
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether somebody asked for its end."""
+        return self._cancelled
+
+    def check(self) -> None:
+        """Leave when asked to.
+
+        :raises Cancelled: somebody cancelled it, and it may still be undone or is preempted by a delete.
+        :raises Stopping: the worker ends.
+        """
+        if self._stopping:
+            raise Stopping
+        if self._cancelled and not self.undoing and (not self.committed or self.preempted):
+            raise Cancelled(f"operation {self.uuid} was cancelled")
+
+    @contextlib.contextmanager
+    def on_cancel(self, callback: Callable[[], None]) -> Iterator[None]:
+        """While open, ``callback`` is called once when the operation has to leave."""
+        with self._changed:
+            self._callbacks.append(callback)
+        try:
+            try:
+                self.check()
+            except BaseException:
+                callback()
+                raise
+            yield
+        finally:
+            with self._changed, contextlib.suppress(ValueError):
+                self._callbacks.remove(callback)
+
+    def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Until ``condition()`` or ``timeout`` seconds; false when they ran out."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self.check()
+            if condition():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            with self._changed:
+                self._changed.wait(min(left, _LOOK_AGAIN))
+
+    def pause(self, seconds: float) -> None:
+        """Sleep between two attempts; leaves early when asked to."""
+        self.wait(lambda: False, seconds)
+
+    def sleep(self, seconds: float) -> None:
+        """The same, and not even a cancel ends it: only the worker's end does."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self._stopping:
+                raise Stopping
+            with self._changed:
+                self._changed.wait(min(left, _LOOK_AGAIN))
+
+    def wake(self) -> None:
+        """Make :meth:`wait` look at once."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def cancel(self, preempted: bool = False) -> None:
+        """Ask it to leave. What is committed goes on, unless a delete preempts it."""
+        self._cancelled = True
+        self.preempted = self.preempted or preempted
+        if not self.undoing and (not self.committed or self.preempted):
+            self._interrupt()
+
+    def stop(self) -> None:
+        """Ask it to leave without an end: it goes on after the restart."""
+        self._stopping = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        with self._changed:
+            callbacks, self._callbacks = self._callbacks, []
+            self._changed.notify_all()
+        for callback in callbacks:
+            callback()

@@ -1,0 +1,165 @@
+"""Which operations run when: threads, admission, cancel, resume after a restart, a graceful end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from compute_worker import logcontext, objects
+from compute_worker.operations import journal
+from compute_worker.operations.admission import Admission, Ticket
+from compute_worker.operations.database import Closed, Database
+from compute_worker.operations.executor import Executor
+from compute_worker.operations.journal import Entry
+from compute_worker.operations.kinds import Kind
+from compute_worker.operations.run import Run, Stopping
+
+LOG = logging.getLogger(__name__)
+
+OnReport = Callable[[Run, bool], None]
+
+
+class Runner:
+    """Runs accepted operations, each in a thread of its own, as many at once as ``limits`` says.
+
+    :param on_report: told of every progress report, and whether the phase is new.
+    :param on_end: told kind, instance, final state and seconds of every operation that ended.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        executor: Executor,
+        kinds: Mapping[str, Kind],
+        limits: Mapping[str, int],
+        on_report: OnReport,
+        on_end: Callable[[str, str | None, str, float], None] | None = None,
+    ) -> None:
+        self._database = database
+        self._executor = executor
+        self._kinds = kinds
+        self._admission = Admission(limits)
+        self._on_report = on_report
+        self._on_end = on_end
+        self._lock = threading.Condition()
+        self._runs: dict[int, Run] = {}
+        self._threads: set[threading.Thread] = set()
+        self._started = False
+        self._stopping = False
+
+    def start(self) -> int:
+        """Go on with every open operation of the journal. Returns how many there were."""
+        entries = self._database.read(journal.open_entries)
+        with self._lock:
+            self._started = True
+        for entry in entries:
+            self.submit(entry)
+        return len(entries)
+
+    def submit(self, entry: Entry) -> None:
+        """Run an accepted operation when its turn comes. Before :meth:`start` the journal alone remembers it."""
+        with self._lock:
+            if not self._started or self._stopping or entry.id in self._runs:
+                return
+            run = Run(entry)
+            run.on_report = self._on_report
+            self._runs[entry.id] = run
+            self._launch(self._admission.add(Ticket(entry.id, entry.instance, self._kinds[entry.kind].limit)))
+
+    def _launch(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            run = self._runs[ticket.id]
+            thread = threading.Thread(target=self._work, args=(run,), name=f"op-{run.kind}", daemon=True)
+            self._threads.add(thread)
+            thread.start()
+
+    def _work(self, run: Run) -> None:
+        started = time.monotonic()
+        try:
+            with logcontext.bound(request_id=run.request_id, operation=run.uuid, instance=run.instance):
+                self._executor.execute(run)
+        except (Stopping, Closed):
+            self._forget_thread()
+            return
+        except Exception:
+            LOG.exception("operation %s stays open until the worker is started again", run.uuid)
+            self._forget_thread()
+            return
+        state = self._database.read(lambda tx: journal.by_id(tx, run.id)).state
+        if self._on_end is not None:
+            self._on_end(run.kind, run.instance, state.value, time.monotonic() - started)
+        with self._lock:
+            self._threads.discard(threading.current_thread())
+            del self._runs[run.id]
+            tickets = self._admission.done(run.id)
+            if not self._stopping:
+                self._launch(tickets)
+            self._lock.notify_all()
+
+    def _forget_thread(self) -> None:
+        with self._lock:
+            self._threads.discard(threading.current_thread())
+            self._lock.notify_all()
+
+    def cancel(self, row: int, preempted: bool = False) -> None:
+        """Ask a running operation to leave; the journal knows it already. One that waits sees it when it starts."""
+        with self._lock:
+            run = self._runs.get(row)
+        if run is not None:
+            run.cancel(preempted)
+
+    def wake(self, instance: str) -> None:
+        """Make what waits for something about ``instance`` look again."""
+        with self._lock:
+            runs = [run for run in self._runs.values() if run.instance == instance]
+        for run in runs:
+            run.wake()
+
+    def live(self, operation: objects.Operation, row: int) -> objects.Operation:
+        """``operation`` with what only memory knows: progress and what it waits for."""
+        with self._lock:
+            run = self._runs.get(row)
+        if run is None:
+            return operation
+        import msgspec
+
+        return msgspec.structs.replace(operation, progress=run.progress, waiting_for=run.waiting_for)
+
+    def wait_final(self, is_final: Callable[[], bool], timeout: float) -> bool:
+        """Wait until ``is_final()``, looked at whenever an operation ends; false when ``timeout`` seconds are over."""
+        deadline = time.monotonic() + timeout
+        while not is_final():
+            left = deadline - time.monotonic()
+            if left <= 0 or self._stopping:
+                return False
+            with self._lock:
+                self._lock.wait(min(left, 1.0))
+        return True
+
+    def counts(self) -> tuple[int, dict[str, int]]:
+        """How many operations wait, and how many run by class."""
+        with self._lock:
+            return self._admission.waiting, self._admission.running()
+
+    def stop(self, timeout: float) -> bool:
+        """Start nothing more, let short steps end, leave the rest to the journal.
+
+        Returns whether every thread ended in ``timeout`` seconds; one that did not dies with the process, which is
+        what every step is made for.
+        """
+        with self._lock:
+            self._stopping = True
+            runs = list(self._runs.values())
+            self._lock.notify_all()
+        for run in runs:
+            run.stop()
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            while self._threads:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._lock.wait(left)
+        return True
