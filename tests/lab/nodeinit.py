@@ -1,0 +1,139 @@
+"""PID 1 of a host: runs in fresh namespaces, mounts what its plan says, then holds the host up.
+
+Run as a script by `tests.lab.namespaces`, with the plan as JSON in argv[1].  Standard library
+only, and nothing of this package: it starts with `python -I -S`.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+
+MS_BIND, MS_REC = 0x1000, 0x4000
+# A mount point may be created only below these, which are private to the host by then.
+PRIVATE = ("/etc/", "/var/", "/run/")
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mount(source, target, fstype=None, flags=0, data=None):
+    def raw(text):
+        return None if text is None else os.fsencode(text)
+
+    if libc.mount(raw(source), raw(target), raw(fstype), flags, raw(data)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mount {source} on {target}: {os.strerror(code)}")
+
+
+def step_proc(target):
+    mount("proc", target, "proc")
+
+
+def step_sysfs(target):
+    # The new network namespace's /sys/class/net; its /sys/fs/cgroup is empty, as wanted.
+    mount("sysfs", target, "sysfs")
+
+
+def step_overlay(target, upper, work):
+    options = f"lowerdir={target},upperdir={upper},workdir={work}"
+    mount("lab", target, "overlay", 0, options)
+
+
+def step_bind(source, target):
+    if not os.path.exists(target):
+        if not target.startswith(PRIVATE):
+            raise RuntimeError(f"{target} is missing, and would be made on the machine itself")
+        os.makedirs(target)
+    mount(source, target, None, MS_BIND | MS_REC)
+
+
+def step_dev(stage, hidden):
+    """A /dev of the host's own, without the devices named in `hidden`."""
+    mount("dev", stage, "tmpfs", 0, "mode=755,size=64k")
+    for entry in os.scandir("/dev"):
+        own = os.path.join(stage, entry.name)
+        info = entry.stat(follow_symlinks=False)
+        if entry.name in hidden or entry.name in ("shm", "mqueue"):
+            continue
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.path), own)
+        elif entry.is_dir():
+            os.mkdir(own)
+            mount(entry.path, own, None, MS_BIND | MS_REC)
+        elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
+            os.mknod(own, info.st_mode, info.st_rdev)
+            os.chown(own, info.st_uid, info.st_gid)
+            os.chmod(own, stat.S_IMODE(info.st_mode))
+    os.mkdir(os.path.join(stage, "shm"))
+    mount("shm", os.path.join(stage, "shm"), "tmpfs", 0, "mode=1777")
+    mount(stage, "/dev", None, MS_BIND | MS_REC)
+
+
+def closed_ancestor(path):
+    """The topmost directory above `path` that an ordinary user can not enter, or None."""
+    parts = path.strip("/").split("/")
+    for depth in range(1, len(parts)):
+        above = "/" + "/".join(parts[:depth])
+        if not os.stat(above).st_mode & stat.S_IXOTH:
+            return above
+    return None
+
+
+def step_expose(stage, paths):
+    """Let ordinary users of this host reach `paths`, under the very same names.
+
+    A directory on the way that is closed to them (/root, say) is covered by an empty file
+    system, in which only these paths appear.
+    """
+    mount("expose", stage, "tmpfs", 0, "mode=755,size=64k")
+    covered = {}
+    for number, path in enumerate(sorted(set(paths))):
+        closed = closed_ancestor(os.path.realpath(path)) or closed_ancestor(path)
+        if closed:
+            holder = os.path.join(stage, str(number))
+            os.mkdir(holder)
+            mount(os.path.realpath(path), holder, None, MS_BIND | MS_REC)
+            covered.setdefault(closed, []).append((holder, path))
+            if os.path.realpath(path) != path:
+                covered[closed].append((holder, os.path.realpath(path)))
+    for closed, held in sorted(covered.items()):
+        mount("expose", closed, "tmpfs", 0, "mode=755,size=64k")
+        for holder, path in held:
+            os.makedirs(path, exist_ok=True)
+            mount(holder, path, None, MS_BIND | MS_REC)
+
+
+STEPS = {
+    "proc": step_proc,
+    "sysfs": step_sysfs,
+    "overlay": step_overlay,
+    "bind": step_bind,
+    "dev": step_dev,
+    "expose": step_expose,
+}
+
+
+def main():
+    plan = json.loads(sys.argv[1])
+    # /proc is still the machine's: this is our pid as seen from outside.
+    outer_pid = os.readlink("/proc/self")
+    socket.sethostname(plan["hostname"])
+    for name, *arguments in plan["steps"]:
+        STEPS[name](*arguments)
+    os.chdir("/")
+    # PID 1 must reap; with SIGCHLD ignored the kernel does it for us, across exec too.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.write(plan["ready_fd"], f"{outer_pid}\n".encode())
+    os.close(plan["ready_fd"])
+    # With a lifeline on standard input the host dies when its last writer does.
+    holder = ["cat"] if plan["lifeline"] else ["sleep", "infinity"]
+    null = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 1)
+    os.execvp(holder[0], holder)
+
+
+if __name__ == "__main__":
+    main()
