@@ -136,8 +136,15 @@ class LifecycleEndpoint:
     ) -> Accepted:
         """Restart the guest. SOFT asks it and falls back to HARD, which pulls the plug and defines it anew."""
         kind = "reboot_instance" if reboot_type == "SOFT" else "reboot_instance_hard"
-        timeout = self._core.settings.compute.soft_reboot_timeout
-        return self._power(context, kind, instance, Wish(operation, expires_at, check_only), timeout=timeout)
+        options = self._core.settings.compute
+        return self._power(
+            context,
+            kind,
+            instance,
+            Wish(operation, expires_at, check_only),
+            timeout=options.soft_reboot_timeout if reboot_type == "SOFT" else 0.0,
+            retry_interval=options.shutdown_retry_interval,
+        )
 
     @command
     def pause_instance(

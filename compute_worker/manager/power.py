@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from compute_worker.errors import ComputeError
 from compute_worker.manager.core import Core, begin, require_state
 from compute_worker.objects import Instance
 from compute_worker.operations.database import Tx
-from compute_worker.operations.kinds import Do, Kind
+from compute_worker.operations.kinds import Do, Kind, Step
 from compute_worker.operations.run import Run
 from compute_worker.states import EXPECTED_POWER, VmState, settled
 from compute_worker.virt.driver import ComputeDriver
@@ -19,32 +20,52 @@ Act = Callable[[ComputeDriver, Instance, Run], None]
 
 @dataclass(frozen=True)
 class Power:
-    """One power command: what it asks of the driver, what the instance is afterwards, its name in notifications."""
+    """One power command: its steps in order, what the instance is afterwards, its name in notifications.
 
-    act: Act
+    A reboot is two steps, each harmless to repeat: done as one, a death before its record would reboot twice.
+    """
+
+    steps: Mapping[str, Act]
     becomes: VmState
     event: str
 
 
-def _stop(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    timeout, interval = run.args["timeout"], run.args["retry_interval"]
-    clean = driver.power_off(instance, run, timeout, interval)
+def _off(driver: ComputeDriver, instance: Instance, run: Run) -> None:
+    clean = driver.power_off(instance, run, run.args["timeout"], run.args["retry_interval"])
     run.explain("the guest shut itself down" if clean else "the guest was powered off")
 
 
-def _reboot(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    driver.reboot(instance, run, hard=run.kind.endswith("_hard"), timeout=run.args["timeout"])
+def _on(driver: ComputeDriver, instance: Instance, run: Run) -> None:
+    driver.power_on(instance, run)
 
+
+def _pause(driver: ComputeDriver, instance: Instance, run: Run) -> None:
+    driver.pause(instance)
+
+
+def _unpause(driver: ComputeDriver, instance: Instance, run: Run) -> None:
+    driver.unpause(instance)
+
+
+def _suspend(driver: ComputeDriver, instance: Instance, run: Run) -> None:
+    driver.suspend(instance, run)
+
+
+def _resume(driver: ComputeDriver, instance: Instance, run: Run) -> None:
+    driver.resume(instance, run)
+
+
+_REBOOT = Power({"power_off": _off, "power_on": _on}, VmState.ACTIVE, "reboot")
 
 POWER: dict[str, Power] = {
-    "start_instance": Power(lambda d, i, run: d.power_on(i, run), VmState.ACTIVE, "power_on"),
-    "stop_instance": Power(_stop, VmState.STOPPED, "power_off"),
-    "reboot_instance": Power(_reboot, VmState.ACTIVE, "reboot"),
-    "reboot_instance_hard": Power(_reboot, VmState.ACTIVE, "reboot"),
-    "pause_instance": Power(lambda d, i, run: d.pause(i), VmState.PAUSED, "pause"),
-    "unpause_instance": Power(lambda d, i, run: d.unpause(i), VmState.ACTIVE, "unpause"),
-    "suspend_instance": Power(lambda d, i, run: d.suspend(i, run), VmState.SUSPENDED, "suspend"),
-    "resume_instance": Power(lambda d, i, run: d.resume(i, run), VmState.ACTIVE, "resume"),
+    "start_instance": Power({"power_on": _on}, VmState.ACTIVE, "power_on"),
+    "stop_instance": Power({"power_off": _off}, VmState.STOPPED, "power_off"),
+    "reboot_instance": _REBOOT,
+    "reboot_instance_hard": _REBOOT,
+    "pause_instance": Power({"pause": _pause}, VmState.PAUSED, "pause"),
+    "unpause_instance": Power({"unpause": _unpause}, VmState.ACTIVE, "unpause"),
+    "suspend_instance": Power({"suspend": _suspend}, VmState.SUSPENDED, "suspend"),
+    "resume_instance": Power({"resume": _resume}, VmState.ACTIVE, "resume"),
 }
 
 
@@ -62,11 +83,11 @@ def admit(core: Core, tx: Tx, uuid: str, command: str) -> bool:
 
 
 def kind(core: Core, command: str) -> Kind:
-    """How one power command runs: one step. When it cannot be done, the record is left to the next comparison."""
+    """How one power command runs. When it cannot be done, the record is left to the next comparison."""
     power = POWER[command]
 
-    def act(run: Run) -> None:
-        power.act(core.driver, core.load(run), run)
+    def steps(run: Run) -> Sequence[Step]:
+        return [Do(name, partial(_call, core, act)) for name, act in power.steps.items()]
 
     def finish(tx: Tx, run: Run) -> None:
         assert run.instance is not None
@@ -86,7 +107,7 @@ def kind(core: Core, command: str) -> Kind:
 
     return Kind(
         name=command,
-        steps=lambda run: [Do(power.event, act)],
+        steps=steps,
         finish=finish,
         abandon=abandon,
         limit="power",
@@ -94,3 +115,7 @@ def kind(core: Core, command: str) -> Kind:
         committed_at_accept=True,
         gives_up=True,
     )
+
+
+def _call(core: Core, act: Act, run: Run) -> None:
+    act(core.driver, core.load(run), run)
