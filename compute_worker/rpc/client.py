@@ -1,0 +1,281 @@
+"""How a scheduler, a conductor or a peer speaks to a worker: one typed method per message.
+
+::
+
+    api = ComputeAPI(get_transport("rabbit://user:password@broker:5672/vhost"))
+    accepted = api.build_and_run_instance(instance, host="node1")
+    outcome = api.get_operation(accepted.operation, wait=30, host="node1")
+
+Every command takes four options (:class:`CommandOptions`). Errors are those of :mod:`compute_worker.errors`, as the
+worker raised them; :class:`~compute_worker.errors.PeerUnavailable` and
+:class:`~compute_worker.errors.MessageUndeliverable` come from here.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+import oslo_messaging
+from kombu.exceptions import OperationalError
+from oslo_messaging.exceptions import MessageDeliveryFailure, MessagingException, MessagingTimeout
+from oslo_messaging.exceptions import MessageUndeliverable as Undeliverable
+from oslo_messaging.rpc.client import RemoteError
+
+from compute_worker import errors, logcontext, objects
+from compute_worker.objects import Accepted, Diagnostics, ExternalEvent, HostState, InjectedFile, Instance, Operation
+from compute_worker.rpc import transport as transports
+from compute_worker.rpc import wire
+
+T = TypeVar("T")
+
+BUILD_EXPIRY_SECONDS = 3600.0
+SINCE: Mapping[str, str] = {}
+"""Version that brought a message, where it is not ``1.0``: what a pinned client refuses to send."""
+
+
+class CommandOptions(TypedDict, total=False):
+    """What every command takes beside its arguments."""
+
+    operation: str
+    """The operation's uuid, so that the same command sent twice is done once. Absent: a new one."""
+    expires_at: float | None
+    """Seconds since the epoch after which the command is refused. Absent: an hour from now for builds, else never."""
+    check_only: bool
+    """Only say whether the command would be accepted."""
+    cast: bool
+    """Do not wait for the worker: the command is accepted when the broker has it, and a refusal is a notification."""
+
+
+class ComputeAPI:
+    """The messages of a worker. Thread-safe; one per process is enough.
+
+    :param transport: from :func:`compute_worker.rpc.transport.get_transport`.
+    :param version_cap: highest version of the messages that every host addressed understands (``1.x``).
+    :param timeout: seconds to wait for an answer.
+    :param call_monitor_timeout: seconds a long call may be silent; the worker says that it lives twice as often.
+    :param retry: how often a broker that cannot be reached is tried again (about 2 s each) before PeerUnavailable.
+    :param identity: ``user_id`` and ``project_id`` to send along, for logs and notifications.
+
+    :raises compute_worker.errors.MessageUndeliverable: no worker ever listened as that host (any method).
+    :raises compute_worker.errors.PeerUnavailable: no answer; whether the command was accepted is not known: send it
+        again with the same ``operation`` (any method).
+    """
+
+    def __init__(
+        self,
+        transport: Any,
+        *,
+        exchange: str = "compute_worker",
+        topic: str = "compute",
+        version_cap: str | None = None,
+        timeout: float = 60.0,
+        call_monitor_timeout: int = 10,
+        retry: int = 2,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._exchange = exchange
+        self._topic = topic
+        self._version_cap = version_cap
+        self._timeout = timeout
+        self._call_monitor_timeout = call_monitor_timeout
+        self._retry = retry
+        self._identity = dict(identity or {})
+        target = oslo_messaging.Target(exchange=exchange, topic=topic)
+        mandatory = oslo_messaging.TransportOptions(at_least_once=True)
+        self._client = oslo_messaging.get_rpc_client(transport, target, retry=retry, transport_options=mandatory)
+        self._broadcaster = oslo_messaging.get_rpc_client(transport, target, retry=retry)
+
+    def build_and_run_instance(
+        self,
+        instance: Instance,
+        injected_files: Sequence[InjectedFile] = (),
+        admin_password: str | None = None,
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Make a new instance on ``host`` and run it."""
+        if "expires_at" not in options:
+            options["expires_at"] = time.time() + BUILD_EXPIRY_SECONDS
+        args = {"instance": instance, "injected_files": list(injected_files), "admin_password": admin_password}
+        return self._command(host, "build_and_run_instance", options, args)
+
+    def terminate_instance(self, instance: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """End an instance and remove everything of it. Accepted for any uuid, by any host."""
+        return self._command(host, "terminate_instance", options, {"instance": instance})
+
+    def start_instance(self, instance: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Start a stopped instance."""
+        return self._command(host, "start_instance", options, {"instance": instance})
+
+    def stop_instance(
+        self,
+        instance: str,
+        clean_shutdown: bool = True,
+        shutdown_timeout: float | None = None,
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Stop an instance: it is asked for ``shutdown_timeout`` seconds, then powered off."""
+        args = {"instance": instance, "clean_shutdown": clean_shutdown, "shutdown_timeout": shutdown_timeout}
+        return self._command(host, "stop_instance", options, args)
+
+    def reboot_instance(
+        self,
+        instance: str,
+        reboot_type: Literal["SOFT", "HARD"] = "SOFT",
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Restart the guest: SOFT asks it first, HARD pulls the plug."""
+        return self._command(host, "reboot_instance", options, {"instance": instance, "reboot_type": reboot_type})
+
+    def pause_instance(self, instance: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Stop the guest's processors; its memory stays."""
+        return self._command(host, "pause_instance", options, {"instance": instance})
+
+    def unpause_instance(self, instance: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Let a paused guest go on."""
+        return self._command(host, "unpause_instance", options, {"instance": instance})
+
+    def suspend_instance(self, instance: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Save the guest's memory to disk and stop it."""
+        return self._command(host, "suspend_instance", options, {"instance": instance})
+
+    def resume_instance(self, instance: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Start a suspended guest from its saved memory."""
+        return self._command(host, "resume_instance", options, {"instance": instance})
+
+    def external_instance_event(
+        self, instance: str, events: Sequence[ExternalEvent], *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """Tell what happened to an instance elsewhere, such as ``network-vif-plugged``."""
+        args = {"instance": instance, "events": list(events)}
+        return self._command(host, "external_instance_event", options, args)
+
+    def disable_host(self, reason: str = "", *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Let ``host`` take no new instances, also after its restart."""
+        return self._command(host, "disable_host", options, {"reason": reason})
+
+    def enable_host(self, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Let ``host`` take new instances again."""
+        return self._command(host, "enable_host", options, {})
+
+    def cancel_operation(self, cancel: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """End operation ``cancel`` before its COMMIT and undo it; if ``host`` never saw it, it never will."""
+        return self._command(host, "cancel_operation", options, {"cancel": cancel})
+
+    def get_console_output(self, instance: str, tail_bytes: int = 65_536, *, host: str) -> str:
+        """The end of the guest's serial console."""
+        args = {"instance": instance, "tail_bytes": tail_bytes}
+        return self._query(host, "get_console_output", str, args, monitored=True)
+
+    def get_diagnostics(self, instance: str, *, host: str) -> Diagnostics:
+        """What the hypervisor measures of the guest."""
+        return self._query(host, "get_diagnostics", Diagnostics, {"instance": instance}, monitored=True)
+
+    def list_instances(self, since: int | None = None, *, host: str) -> list[Instance]:
+        """Instances of ``host``; with ``since``: what changed after that ``seq``, deleted ones included."""
+        return self._query(host, "list_instances", list[Instance], {"since": since})
+
+    def get_instance(self, instance: str, *, host: str) -> Instance:
+        """One instance; InstanceMoved says where it went."""
+        return self._query(host, "get_instance", Instance, {"instance": instance})
+
+    def get_operation(self, operation: str, wait: float = 0, *, host: str) -> Operation:
+        """One operation with its steps; waits up to ``wait`` seconds for its outcome."""
+        args = {"operation": operation, "wait": wait}
+        return self._query(host, "get_operation", Operation, args, monitored=wait > 0, extra=wait)
+
+    def list_operations(
+        self, since: int | None = None, instance: str | None = None, open_only: bool = False, *, host: str
+    ) -> list[Operation]:
+        """Operations in order of change after ``since``, without their steps."""
+        args = {"since": since, "instance": instance, "open_only": open_only}
+        return self._query(host, "list_operations", list[Operation], args)
+
+    def get_host_state(self, *, host: str) -> HostState:
+        """Resources, switch, hypervisor and clock of ``host``."""
+        return self._query(host, "get_host_state", HostState, {})
+
+    def announce(self, reply_topic: str) -> None:
+        """Ask every host to cast ``host_announced(state)`` to ``reply_topic``; see
+        :func:`compute_worker.rpc.discovery.find_hosts`."""
+        everybody = self._broadcaster.prepare(topic=self._exchange, fanout=True, version=self._version("announce"))
+        self._send(everybody, "*", "announce", {"reply_topic": reply_topic}, cast=True)
+
+    def host_announced(self, reply_topic: str, state: HostState) -> None:
+        """Answer :meth:`announce`. Nobody listening is not an error: whoever asked has heard enough."""
+        prepared = self._broadcaster.prepare(topic=reply_topic, version=objects.RPC_VERSION)
+        self._send(prepared, reply_topic, "host_announced", {"state": state}, cast=True)
+
+    def _command(self, host: str, method: str, options: CommandOptions, args: dict[str, Any]) -> Accepted:
+        operation = options.get("operation") or str(uuid.uuid4())
+        check_only, cast = options.get("check_only", False), options.get("cast", False)
+        if check_only and cast:
+            raise errors.InvalidCommand(method=method, problem="check_only asks for an answer: it cannot be cast")
+        args |= {"operation": operation, "expires_at": options.get("expires_at"), "check_only": check_only}
+        prepared = self._prepare(host, method)
+        if not cast:
+            return objects.decode(self._send(prepared, host, method, args), Accepted, method)
+        self._send(prepared, host, method, args, cast=True)
+        return Accepted(operation=operation, host=host)
+
+    def _query(
+        self, host: str, method: str, type_: type[T], args: dict[str, Any], *, monitored: bool = False, extra: float = 0
+    ) -> T:
+        prepared = self._prepare(host, method, monitored, extra)
+        return objects.decode(self._send(prepared, host, method, args), type_, method)
+
+    def _prepare(self, host: str, method: str, monitored: bool = False, extra: float = 0) -> Any:
+        objects.decode(host, objects.HostName, f"{method}: host")
+        return self._client.prepare(
+            server=host,
+            version=self._version(method),
+            timeout=self._timeout + extra,
+            call_monitor_timeout=self._call_monitor_timeout if monitored else None,
+        )
+
+    def _version(self, method: str) -> str:
+        version = SINCE.get(method, "1.0")
+        if self._version_cap is not None and not wire.compatible(version, self._version_cap):
+            raise errors.NotSupported(
+                what=f"{method} (version {version}, this client is pinned to {self._version_cap})"
+            )
+        return version
+
+    def _send(self, prepared: Any, host: str, method: str, args: dict[str, Any], cast: bool = False) -> Any:
+        context = self._identity | {"request_id": logcontext.current().request_id or logcontext.new_request_id()}
+        send = prepared.cast if cast else prepared.call
+        encoded = {name: objects.encode(value) for name, value in args.items()}
+        key = f"{self._topic}.{host}"
+        if prepared.target.server and not transports.has_queue(self._transport, self._exchange, key):
+            raise errors.MessageUndeliverable(host=host)
+        try:
+            if not cast:
+                transports.open_replies(self._transport, self._retry)
+            return send(context, method, **encoded)
+        except errors.ComputeError as exc:
+            raise local(exc) from None
+        except Undeliverable:
+            raise errors.MessageUndeliverable(host=host) from None
+        except MessagingTimeout:
+            raise errors.PeerUnavailable(host=host) from None
+        except (MessageDeliveryFailure, OperationalError, OSError) as exc:
+            raise errors.PeerUnavailable(f"host {host} cannot be asked: no broker ({exc})", host=host) from None
+        except RemoteError as exc:
+            raise errors.ComputeError(f"host {host}: {exc.exc_type} {exc.value}") from None
+        except MessagingException as exc:
+            raise errors.ComputeError(f"host {host}: {exc}") from None
+
+
+def local(error: errors.ComputeError) -> errors.ComputeError:
+    """A rebuilt remote error as its own class: without oslo.messaging's ``_Remote`` suffix and traceback text."""
+    remote = type(error).__name__.endswith("_Remote")
+    return type(error).__mro__[1](error.message, **error.kwargs) if remote else error
