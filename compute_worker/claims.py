@@ -32,11 +32,12 @@ class Amount:
 
 
 def amount_of(instance: Instance) -> Amount:
-    """What an instance takes. A root disk "as large as the image" counts with the size the image declares."""
+    """What an instance takes (its ephemeral disks are within the flavor). A root disk "as large as the image" counts
+    with the size the image declares."""
     flavor, devices = instance.flavor, instance.block_device_info
     root_gb = flavor.root_gb or (instance.image.size_bytes or 0) / 2**30
     swap_mb = devices.swap_mb if devices.swap_mb is not None else flavor.swap_mb
-    disk_gb = root_gb + flavor.ephemeral_gb + sum(e.size_gb for e in devices.ephemerals) + swap_mb / 1024
+    disk_gb = root_gb + flavor.ephemeral_gb + swap_mb / 1024
     return Amount(flavor.vcpus, flavor.memory_mb, disk_gb)
 
 

@@ -40,8 +40,8 @@ def ledger(database):
 def test_amount_counts_every_disk():
     wanted = instance(ephemeral_gb=2, swap_mb=512)
     assert amount_of(wanted) == Amount(1, 100, 12.5)
-    devices = BlockDeviceInfo(ephemerals=[EphemeralDisk(size_gb=3)], swap_mb=0)
-    assert amount_of(msgspec.structs.replace(wanted, block_device_info=devices)).disk_gb == 15
+    devices = BlockDeviceInfo(ephemerals=[EphemeralDisk(size_gb=2)], swap_mb=0)
+    assert amount_of(msgspec.structs.replace(wanted, block_device_info=devices)).disk_gb == 12
     assert amount_of(instance(root_gb=0)).disk_gb == 1
 
 

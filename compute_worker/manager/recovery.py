@@ -19,7 +19,7 @@ from compute_worker.manager.core import Core, Wish, accept
 from compute_worker.messages import Context
 from compute_worker.objects import Instance
 from compute_worker.operations import journal
-from compute_worker.operations.database import Database, Tx
+from compute_worker.operations.database import Tx
 from compute_worker.operations.service import Admit, Operations
 from compute_worker.states import EXPECTED_POWER, PowerState, VmState, observed
 from compute_worker.virt.driver import GuestInfo
@@ -98,42 +98,37 @@ def decide_stranger(facts: StrangerFacts) -> tuple[Action, str]:
 
 
 class Recovery:
-    """Compares, at start and whenever the hypervisor comes back.
+    """Compares, at start and whenever the hypervisor comes back."""
 
-    :param boot_mark: tells one boot of this host from another.
-    """
-
-    def __init__(self, core: Core, operations: Operations, boot_mark: str) -> None:
+    def __init__(self, core: Core, operations: Operations) -> None:
         self._core = core
         self._operations = operations
-        self._rebooted = _remember_boot(core.database, boot_mark)
-
-    @property
-    def host_rebooted(self) -> bool:
-        """Whether the host was booted since this journal was last used."""
-        return self._rebooted
 
     def compare(self) -> dict[str, tuple[Action, str]]:
         """Look at every instance and every stranger, act, and return what was decided by uuid.
 
         :raises HypervisorUnavailable: it does not answer; call again when it does.
         """
+        boot_id = self._core.driver.get_available_resource().boot_id
+        rebooted = bool(boot_id) and self._core.database.read(_last_boot) not in (None, boot_id)
         guests = {guest.uuid: guest for guest in self._core.driver.list_instances()}
         busy = {e.instance for e in self._core.database.read(journal.open_entries)}
-        decided = {i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy) for i in self._core.store.list()}
+        decided = {i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy, rebooted) for i in self._core.store.list()}
         decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid})
-        self._rebooted = False
+        self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
         for instance, (action, why) in decided.items():
             if action is not Action.NOTHING:
                 LOG.warning("instance %s: %s: %s", instance, action, why)
         return decided
 
-    def _guest(self, instance: Instance, guest: GuestInfo | None, busy: bool) -> tuple[Action, str]:
+    def _guest(
+        self, instance: Instance, guest: GuestInfo | None, busy: bool, rebooted: bool
+    ) -> tuple[Action, str]:
         facts = GuestFacts(
             vm_state=instance.vm_state,
             power=guest.power_state if guest else PowerState.NOSTATE,
             busy=busy,
-            host_rebooted=self._rebooted,
+            host_rebooted=rebooted,
             resume_wanted=self._core.settings.compute.resume_guests_state_on_host_boot,
             migrating=guest.migrating if guest else False,
         )
@@ -234,19 +229,10 @@ def record_observed(core: Core, operations: Operations, instance: str, found: Po
     return changed
 
 
-def _remember_boot(database: Database, boot_mark: str) -> bool:
-    """Whether ``boot_mark`` differs from what was remembered; it is remembered now."""
-
-    def write(tx: Tx) -> bool:
-        row = tx.execute("SELECT value FROM meta WHERE name = 'boot_mark'").fetchone()
-        tx.execute("INSERT OR REPLACE INTO meta VALUES ('boot_mark', ?)", (boot_mark,))
-        return row is not None and row[0] != boot_mark
-
-    return database.write(write)
+def _last_boot(tx: Tx) -> str | None:
+    row = tx.execute("SELECT value FROM meta WHERE name = 'boot_id'").fetchone()
+    return str(row[0]) if row else None
 
 
-def boot_mark() -> str:
-    """This boot of this host: the kernel's boot id and the start of its first process (a container's own, in one)."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot_id, open("/proc/1/stat", "rb") as init:
-        started = init.read().rpartition(b")")[2].split()[19].decode()
-        return f"{boot_id.read().strip()}/{started}"
+def _remember_boot(tx: Tx, boot_id: str) -> None:
+    tx.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?)", (boot_id,))

@@ -53,7 +53,6 @@ class ComputeManager:
     :param observer: sees every step (the kill harness).
     :param on_end: told kind, final state and seconds of every operation.
     :param on_commit: told the seconds of every journal commit.
-    :param boot_mark: tells one boot of this host from another; default: the kernel's.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class ComputeManager:
         observer: Observer | None = None,
         on_end: Callable[[str, str, float], None] | None = None,
         on_commit: Callable[[float], None] | None = None,
-        boot_mark: str | None = None,
     ) -> None:
         path = Path(settings.compute.state_path)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,7 +87,7 @@ class ComputeManager:
             on_end=self._ended,
         )
         switch = HostSwitch(self.database, settings.host)
-        self.recovery = recovery.Recovery(self.core, self.operations, boot_mark or recovery.boot_mark())
+        self.recovery = recovery.Recovery(self.core, self.operations)
         self.watch = Watch(self.core, self.operations, self.recovery)
         self.lifecycle = LifecycleEndpoint(self.core, self.operations, switch)
         self.inventory = InventoryEndpoint(self.core, self.operations, switch, announce or _nobody)

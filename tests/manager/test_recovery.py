@@ -8,7 +8,6 @@ from compute_worker.manager.recovery import (
     Action,
     GuestFacts,
     StrangerFacts,
-    boot_mark,
     decide_guest,
     decide_stranger,
 )
@@ -73,8 +72,3 @@ def test_a_guest_is_never_started_but_after_a_reboot_and_never_while_busy():
 def test_decide_stranger(deleted, record, owner, action):
     decided, why = decide_stranger(StrangerFacts(deleted, record, owner, "node1", running=True))
     assert decided is action and why
-
-
-def test_boot_mark_is_stable_and_names_this_boot():
-    assert boot_mark() == boot_mark()
-    assert boot_mark().count("/") == 1

@@ -1,0 +1,126 @@
+"""One host, put together: driver, manager, RPC server, telemetry. The daemon runs one, the embedded cell several."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from compute_worker import errors
+from compute_worker.config import Settings
+from compute_worker.manager.service import ComputeManager
+from compute_worker.messages import Context
+from compute_worker.objects import HostState
+from compute_worker.operations.executor import Observer
+from compute_worker.rpc.client import ComputeAPI
+from compute_worker.rpc.server import WorkerServer
+from compute_worker.virt.driver import ComputeDriver
+
+LOG = logging.getLogger(__name__)
+
+
+class Worker:
+    """A worker of one host. Start and stop it once each.
+
+    :param transport: to the broker; may be shared by several workers of one process.
+    :param driver: default: the one that ``[compute] compute_driver`` names.
+    :param observer: sees every step (the kill harness).
+    :param on_end: told kind, final state and seconds of every operation.
+    :param on_commit: told the seconds of every journal commit.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        transport: Any,
+        driver: ComputeDriver | None = None,
+        *,
+        observer: Observer | None = None,
+        on_end: Callable[[str, str, float], None] | None = None,
+        on_commit: Callable[[float], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        peers = ComputeAPI(transport, exchange=settings.rpc.exchange, topic=settings.rpc.topic)
+        self.manager = ComputeManager(
+            settings,
+            driver or load_driver(settings),
+            announce=peers.host_announced,
+            observer=observer,
+            on_end=on_end,
+            on_commit=on_commit,
+        )
+        self.server = WorkerServer(
+            transport,
+            settings.host,
+            self.manager.endpoints,
+            self.manager.operations.inbox,
+            self._on_refused,
+            settings.rpc,
+        )
+
+    def start(self) -> None:
+        """Go on with what the journal holds, then listen. A broker or hypervisor that is down is waited for.
+
+        :raises Broken: this host cannot run the driver at all.
+        """
+        started = time.monotonic()
+        self.manager.start()
+        self.server.start()
+        LOG.info("worker %s is ready after %.2f s", self.settings.host, time.monotonic() - started)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Take no more messages, let short steps end, leave the rest to the journal; nothing is lost.
+
+        :param timeout: seconds; default: ``graceful_shutdown_timeout``. Whether everything ended within it is returned.
+        """
+        limit = self.settings.compute.graceful_shutdown_timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        ended = self.server.stop(limit)
+        return self.manager.stop(max(0.1, deadline - time.monotonic())) and ended
+
+    def host_state(self) -> HostState:
+        """What a scheduler wants to know of this host."""
+        return self.manager.inventory.host_state()
+
+    def problems(self) -> dict[str, str]:
+        """What keeps this worker from working now: ``broker`` and ``hypervisor`` with the reason."""
+        found = {}
+        if self.server.problem is not None:
+            found["broker"] = self.server.problem
+        if not self.manager.core.driver.available:
+            found["hypervisor"] = "the hypervisor does not answer"
+        return found
+
+    def _on_refused(self, context: Context, method: str, args: Any, error: errors.ComputeError) -> None:
+        instance = args.get("instance") if isinstance(args, dict) else None
+        if isinstance(instance, dict):
+            instance = instance.get("uuid")
+        self.manager.on_refused(context, method, instance if isinstance(instance, str) else None, error)
+
+
+def load_driver(settings: Settings) -> ComputeDriver:
+    """The virt driver that ``[compute] compute_driver`` names.
+
+    :raises Broken: there is none of that name, or it cannot be imported; says what to install.
+    """
+    from stevedore import driver as stevedore_driver
+    from stevedore import exception
+
+    name = settings.compute.compute_driver
+    try:
+        manager = stevedore_driver.DriverManager(
+            "compute_worker.virt_drivers",
+            name,
+            invoke_on_load=True,
+            invoke_args=(settings,),
+            on_load_failure_callback=_fail,
+        )
+    except exception.NoMatches as exc:
+        raise errors.Broken(f"[compute] compute_driver = {name}: no driver of that name is installed ({exc})") from exc
+    driver: ComputeDriver = manager.driver
+    return driver
+
+
+def _fail(manager: Any, entry_point: Any, exc: BaseException) -> None:
+    raise errors.Broken(f"virt driver {entry_point.name} cannot be loaded: {exc}") from exc
