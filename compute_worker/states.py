@@ -179,3 +179,13 @@ def observed(vm_state: VmState, power: PowerState) -> tuple[VmState, str]:
         if expected is power:
             return state, f"the hypervisor says {power}"
     return vm_state, f"{power} says nothing"
+
+
+def ran_before(vm_state: VmState, power: PowerState) -> bool:
+    """Whether a guest that moves is started where it arrives: it ran, or was paused, when the move began.
+
+    ``power`` decides where the vm state does not say it (``RESIZED`` in a revert).
+    """
+    if vm_state is VmState.RESIZED:
+        return power in (PowerState.RUNNING, PowerState.PAUSED)
+    return vm_state in (VmState.ACTIVE, VmState.PAUSED)

@@ -112,6 +112,8 @@ class HostResources:
     cpu_model: str = ""
     machine_arch: str = ""
     cpu_info: Mapping[str, Any] = field(default_factory=dict)
+    boot_id: str = ""
+    """Which boot of the host this is: another one than before means that no guest of before runs."""
 
 
 @dataclass(frozen=True, slots=True)
