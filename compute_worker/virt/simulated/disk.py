@@ -1,5 +1,5 @@
-"""Where a simulated host keeps itself, so that a restarted process finds its guests again: a directory of JSON files,
-one for each instance, each replaced by rename. A host without a directory lives in memory only."""
+"""Where a simulated host keeps itself, so that a restarted process finds its guests again: one log of changes,
+written anew, by rename, when it is opened and when it has grown. A host without a directory lives in memory only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import errno
 import os
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from compute_worker.virt.simulated.model import File, Slot
 
-_BASE = "_base.json"
-_EFFECTS = "effects.log"
+MAX_LOG_BYTES = 64 << 20
 
 _encode = msgspec.json.Encoder().encode
 _slot_decoder = msgspec.json.Decoder(Slot)
@@ -22,72 +22,90 @@ _base_decoder = msgspec.json.Decoder(dict[str, File])
 
 
 class Persistence:
-    """Reads and writes ``<directory>/<uuid>.json``, the base images and the log of effects.
+    """What a host has of instances, base images and effects, and each change of it as a line of ``<directory>/log``.
 
-    A process may be killed at any point: each file is the old or the new one. (A simulated host is not kept over a
-    crash of the real one: nothing is fsynced.)
+    A process may be killed at any point: a line is there or it is not (a torn last one is dropped). A simulated host
+    is not kept over a crash of the real one: nothing is fsynced. One process at a time owns a directory.
     """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.directory = directory
-        self._prefix = f"{directory}/"
-        self._effects = os.open(directory / _EFFECTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-    def load(self) -> tuple[dict[str, Slot], dict[str, File], Counter[tuple[str, str]]]:
-        """Slots by uuid, base images by name, effects by (uuid or image id, effect)."""
-        slots: dict[str, Slot] = {}
-        base: dict[str, File] = {}
-        for path in self.directory.glob("*.json"):
-            if path.name == _BASE:
-                base = _base_decoder.decode(path.read_bytes())
-            else:
-                slot = _slot_decoder.decode(path.read_bytes())
-                slots[slot.uuid] = slot
-        effects: Counter[tuple[str, str]] = Counter()
-        for line in (self.directory / _EFFECTS).read_text().splitlines():
-            subject, _, effect = line.partition(" ")
-            effects[subject, effect] += 1
-        return slots, base, effects
-
-    def boot_id(self, new: bool = False) -> str:
-        """Which boot of the simulated host this is; ``new``: another one begins."""
-        path = self.directory / "boot_id"
-        if new or not path.exists():
-            self._replace(str(path), str(uuid.uuid4()).encode())
-        return path.read_text()
+        self.slots: dict[str, Slot] = {}
+        self.base: dict[str, File] = {}
+        self.effects: Counter[tuple[str, str]] = Counter()
+        self.boot_id = ""
+        self._path = directory / "log"
+        self._fd = -1
+        self._size = 0
+        if self._path.exists():
+            self._load()
+        if not self.boot_id:
+            self.boot_id = str(uuid.uuid4())
+        self._compact()
 
     def save_slot(self, slot: Slot) -> None:
         """The slot as it is now; an empty one goes."""
-        path = f"{self._prefix}{slot.uuid}.json"
-        if slot.empty:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                return
-        else:
-            self._replace(path, _encode(slot))
+        self._append(b"D" + slot.uuid.encode() if slot.empty else b"S" + _encode(slot))
 
     def save_base(self, base: dict[str, File]) -> None:
         """All base images."""
-        self._replace(f"{self._prefix}{_BASE}", _encode(base))
+        self._append(b"B" + _encode(base))
 
     def add_effect(self, subject: str, effect: str) -> None:
-        """One more line."""
-        os.write(self._effects, f"{subject} {effect}\n".encode())
+        """One more of it."""
+        self._append(f"E{subject} {effect} 1".encode())
+
+    def new_boot(self) -> str:
+        """Another boot of the host begins; returns its id."""
+        self.boot_id = str(uuid.uuid4())
+        self._append(b"H" + self.boot_id.encode())
+        return self.boot_id
 
     def close(self) -> None:
         """Give back the file descriptor."""
-        os.close(self._effects)
+        os.close(self._fd)
+        self._fd = -1
 
-    @staticmethod
-    def _replace(path: str, data: bytes) -> None:
-        part = f"{path}.part"
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            written = os.write(fd, data)
-        finally:
-            os.close(fd)
-        if written != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        os.replace(part, path)
+    def _append(self, line: bytes) -> None:
+        if self._size > MAX_LOG_BYTES:
+            self._compact()
+        self._size += _write(self._fd, line + b"\n")
+
+    def _load(self) -> None:
+        for line in self._path.read_bytes().split(b"\n")[:-1]:
+            kind, rest = line[:1], line[1:]
+            if kind == b"S":
+                slot = _slot_decoder.decode(rest)
+                self.slots[slot.uuid] = slot
+            elif kind == b"D":
+                self.slots.pop(rest.decode(), None)
+            elif kind == b"B":
+                self.base = _base_decoder.decode(rest)
+            elif kind == b"E":
+                subject, effect, count = rest.decode().rsplit(" ", 2)
+                self.effects[subject, effect] += int(count)
+            else:
+                self.boot_id = rest.decode()
+
+    def _compact(self) -> None:
+        part = self._path.with_suffix(".part")
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._size = sum(_write(fd, line + b"\n") for line in self._lines())
+        os.replace(part, self._path)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+
+    def _lines(self) -> Iterator[bytes]:
+        yield b"H" + self.boot_id.encode()
+        yield b"B" + _encode(self.base)
+        for slot in self.slots.values():
+            yield b"S" + _encode(slot)
+        for (subject, effect), count in self.effects.items():
+            yield f"E{subject} {effect} {count}".encode()
+
+
+def _write(fd: int, data: bytes) -> int:
+    if os.write(fd, data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return len(data)

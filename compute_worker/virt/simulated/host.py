@@ -53,10 +53,11 @@ class SimulatedHost(HostFiles):
         self.powered = True
         self.reachable = True
         """Whether peers reach it; a host that is off is never reached."""
-        self.boot_id = self._persistence.boot_id() if self._persistence else str(uuids.uuid4())
+        self.boot_id = self._persistence.boot_id if self._persistence else str(uuids.uuid4())
         self._set_knobs()
         if self._persistence is not None:
-            self.slots, self.base, self.effects = self._persistence.load()
+            kept = self._persistence
+            self.slots, self.base, self.effects = kept.slots, kept.base, kept.effects
             self._ground()
         self.cell.add(self)
 
@@ -271,7 +272,7 @@ class SimulatedHost(HostFiles):
     def power_restore(self) -> None:
         """Outside: the machine boots: a new boot id, a hypervisor that answers, no guest runs."""
         with self.cell.lock:
-            self.boot_id = self._persistence.boot_id(new=True) if self._persistence else str(uuids.uuid4())
+            self.boot_id = self._persistence.new_boot() if self._persistence else str(uuids.uuid4())
             self.powered = self.hypervisor_up = True
 
     # --- the oracle ---------------------------------------------------------------------------------------------
