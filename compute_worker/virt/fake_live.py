@@ -230,6 +230,7 @@ class LiveMoves(FakeBase):
                 raise MigrationFailed(
                     migration=migration.uuid, reason=f"{dest.name} has no disks for it", instance=uuid
                 )
+            job.check()
             flight = Flight(host, dest, uuid, migration.uuid, names)
             flight.start()
             return flight

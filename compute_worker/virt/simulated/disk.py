@@ -68,7 +68,8 @@ class Persistence:
 
     def _append(self, line: bytes) -> None:
         if self._size > MAX_LOG_BYTES:
-            self._compact()
+            self._compact()  # what the line would say is in it
+            return
         self._size += _write(self._fd, line + b"\n")
 
     def _load(self) -> None:

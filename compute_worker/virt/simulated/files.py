@@ -142,6 +142,7 @@ class HostFiles:
     def _need(self, more: int, slot: Slot, directory: Directory, name: str, file: File) -> None:
         if self.disk_limit_bytes is None or more <= 0 or self.allocated() + more <= self.disk_limit_bytes:
             return
-        directory[name + PART] = File(file.data[: len(file.data) // 2], file.format, file.size, file.backing)
+        part = name if name.endswith(PART) else name + PART
+        directory[part] = File(file.data[: len(file.data) // 2], file.format, file.size, file.backing)
         self.changed(slot)
         raise DiskFull(path=self.path(slot.uuid), instance=slot.uuid)

@@ -217,7 +217,9 @@ class Flight:
 
     def _finish_lost(self, exc: Exception) -> None:
         """What libvirt does then: after a time the guest runs on at the source too, if it is still there."""
-        self.done.wait(self.source.finish_timeout)
+        deadline = time.monotonic() + self.source.finish_timeout
+        while time.monotonic() < deadline and self.source.power_of(self.uuid) is PowerState.PAUSED:
+            self.done.wait(TICK)
         with self.cell.lock:
             domain = self.source.domain(self.uuid)
             if domain is not None and domain.power is PowerState.PAUSED and domain.migrating:

@@ -116,8 +116,9 @@ class SimulatedHost(HostFiles):
     def define(self, domain: Domain) -> None:
         """Make or replace a guest's definition."""
         slot = self.slot(domain.uuid)
+        if slot.domain is None:
+            self.effect(domain.uuid, "define")
         slot.domain = domain
-        self.effect(domain.uuid, "define")
         self.changed(slot)
 
     def undefine(self, uuid: str) -> None:
