@@ -15,7 +15,8 @@ from tests.waiting import wait_for
 
 use_threads()
 
-# No deadlines: two shared cores are slow at times. CI runs the same examples each time; a nightly run looks for new ones.
+# No deadlines: two shared cores are slow at times. CI runs the same examples each time; `long` looks
+# for new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile(

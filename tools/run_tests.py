@@ -48,13 +48,16 @@ def counts_of(report: Path) -> Counts:
     return total
 
 
+def call(command: list[str]) -> int:
+    return subprocess.run([*PYTHON, *command], check=False, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+
+
 def run(command: list[str], arguments: list[str]) -> tuple[bool, Counts]:
     if command[0] != "pytest":
-        return subprocess.run(PYTHON + command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0, Counts()
+        return call(command) == 0, Counts()
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.xml")
-        pytest = [*PYTHON, *command, f"--junitxml={report}", *arguments]
-        status = subprocess.run(pytest, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+        status = call([*command, f"--junitxml={report}", *arguments])
         if status == NOTHING_TO_RUN:
             return bool(arguments), Counts()
         return status == 0, counts_of(report)
@@ -73,7 +76,8 @@ def main(words: list[str]) -> int:
             began = time.monotonic()
             good, counts = run(command, arguments)
             total = total.plus(counts)
-            print(f"== {phase}: {command[0]} {'good' if good else 'FAILED'}, {time.monotonic() - began:.0f} s", flush=True)
+            verdict = "good" if good else "FAILED"
+            print(f"== {phase}: {command[0]} {verdict}, {time.monotonic() - began:.0f} s", flush=True)
             if not good:
                 bad.append(f"{phase} ({command[0]})")
     if bad:

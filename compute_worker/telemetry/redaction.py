@@ -19,10 +19,15 @@ TOO_COMMON = frozenset({"guest", "password", "rabbit", "rabbitmq", "compute"})
 # Also the further brokers of rabbit://user:password@a,user:password@b/vhost.
 _USERINFO = re.compile(r"(?P<before>(?:://|,)[^\s,/@:'\"]*):(?P<secret>[^\s,'\"]+?)@(?=[\w\[])")
 _NAMED = re.compile(
-    r"(?P<name>(?:admin_?pass(?:word|wd)?|passwd|password|passphrase|secret(?:_key)?|auth_?token|x-auth-token|authorization)"
-    r"\\*[\"']?\s*(?:=>|[:=])\s*)"
-    r"(?P<value>b?u?\"(?:[^\"\\]|\\.)*\"|b?u?'(?:[^'\\]|\\.)*'|\\\"(?:[^\"\\]|\\[^\"])*\\\"|(?:Bearer |Basic )?[^\s,;&}\])'\"]+)",
-    re.IGNORECASE,
+    r"""(?P<name>
+            (?:admin_?pass(?:word|wd)?|passwd|password|passphrase|secret(?:_key)?|auth_?token|x-auth-token|authorization)
+            \\*["']?\s*(?:=>|[:=])\s*)
+        (?P<value>
+            b?u?"(?:[^"\\]|\\.)*"
+            | b?u?'(?:[^'\\]|\\.)*'
+            | \\"(?:[^"\\]|\\[^"])*\\"
+            | (?:Bearer\ |Basic\ )?[^\s,;&}\])'"]+)""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _HINTS = ("pass", "secret", "token", "authorization")
 

@@ -1,0 +1,181 @@
+"""The thread that carries the outbox to the broker: in order, at least once, for as long as it takes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from compute_worker.objects import HostState
+from compute_worker.telemetry.notifications import HOST_STATE, VERSION, Notifier, message_id_of
+
+LOG = logging.getLogger(__name__)
+
+BATCH = 64
+LONGEST_BACKOFF = 30.0
+_LOOK = 5.0
+
+
+class Row(Protocol):
+    """A notification that is still to be sent."""
+
+    @property
+    def seq(self) -> int:
+        """Its place in the outbox."""
+
+    @property
+    def event_type(self) -> str:
+        """``instance.build.start``, ..."""
+
+    @property
+    def priority(self) -> str:
+        """``INFO`` or ``ERROR``."""
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """All of it, with version, host, operation and sequence."""
+
+    @property
+    def created_at(self) -> float:
+        """Seconds since the epoch."""
+
+
+class Outbox(Protocol):
+    """Where the rows are; :class:`compute_worker.operations.outbox.Outbox` is one."""
+
+    def peek(self, limit: int) -> Sequence[Row]:
+        """The oldest rows."""
+
+    def delete(self, seqs: Sequence[int]) -> None:
+        """Forget rows that were sent."""
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for :meth:`ring`, at most ``timeout`` seconds."""
+
+    def ring(self) -> None:
+        """Wake who waits."""
+
+
+class OutboxSender:
+    """Sends each row and deletes it after the broker has confirmed it.
+
+    If the process dies between the two, the row is sent again after the restart, with the same ``message_id``. While
+    the broker is down rows stay where they are and the first is tried again after 0.5 to 30 seconds.
+
+    :param journal_id: makes message ids unique over hosts and over lost journals.
+    :param host_state: the host's state; sent every ``host_state_interval`` seconds, never stored: a stale one is
+        worth nothing, so that it is left out while the broker is down.
+    :param on_sent: told of every notification that arrived, by event type.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        notifier: Notifier,
+        journal_id: str,
+        *,
+        host_state: Callable[[], HostState] | None = None,
+        host_state_interval: float = 60.0,
+        on_sent: Callable[[str], None] | None = None,
+        first_backoff: float = 0.5,
+    ) -> None:
+        self._outbox = outbox
+        self._notifier = notifier
+        self._journal_id = journal_id
+        self._host_state = host_state
+        self._interval = host_state_interval
+        self._on_sent = on_sent
+        self._first_backoff = first_backoff
+        self._stopping = threading.Event()
+        self._host_state_due = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="notifications", daemon=True)
+        self._failing: str | None = None
+
+    @property
+    def failing(self) -> str | None:
+        """Why nothing can be sent at the moment; ``None``: the last attempt was good, or there was none."""
+        return self._failing
+
+    def start(self) -> None:
+        """Begin; what an earlier process left is sent first."""
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        """End after the notification that is being sent. Returns whether it ended in ``timeout`` seconds.
+
+        What is left in the outbox is sent after the next start.
+        """
+        self._stopping.set()
+        self._outbox.ring()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        ended = not self._thread.is_alive()
+        if ended:
+            self._notifier.close()
+        return ended
+
+    def _run(self) -> None:
+        backoff = self._first_backoff
+        while not self._stopping.is_set():
+            try:
+                self._send_host_state()
+                more = self._send_rows()
+            except Exception as exc:
+                self._tell(str(exc) or type(exc).__name__)
+                self._stopping.wait(backoff)
+                backoff = min(backoff * 2, LONGEST_BACKOFF)
+                continue
+            backoff = self._first_backoff
+            if not more and not self._stopping.is_set():
+                self._outbox.wait(self._idle_seconds())
+
+    def _send_rows(self) -> bool:
+        """Whether there may be more. Rows that arrived are deleted also when a later one fails."""
+        rows = self._outbox.peek(BATCH)
+        sent: list[int] = []
+        try:
+            for row in rows:
+                if self._stopping.is_set():
+                    break
+                message_id = message_id_of(self._journal_id, row.seq)
+                self._send(message_id, row.event_type, row.priority, row.payload, row.created_at)
+                sent.append(row.seq)
+        finally:
+            if sent:
+                self._outbox.delete(sent)
+        return len(rows) == BATCH
+
+    def _send_host_state(self) -> None:
+        if self._host_state is None or time.monotonic() < self._host_state_due:
+            return
+        self._host_state_due = time.monotonic() + self._interval
+        now = time.time()
+        try:
+            payload = {"version": VERSION, **msgspec.to_builtins(self._host_state())}
+        except Exception:
+            LOG.exception("the state of this host cannot be told")
+            return
+        self._send(message_id_of(self._journal_id, time.time_ns()), HOST_STATE, "INFO", payload, now)
+
+    def _send(self, message_id: str, event_type: str, priority: str, payload: dict[str, Any], at: float) -> None:
+        self._notifier.send(message_id, event_type, priority, payload, at)
+        self._tell(None)
+        if self._on_sent is not None:
+            self._on_sent(event_type)
+
+    def _idle_seconds(self) -> float:
+        if self._host_state is None:
+            return _LOOK
+        return max(0.05, min(_LOOK, self._host_state_due - time.monotonic()))
+
+    def _tell(self, failing: str | None) -> None:
+        """Log a change once, not every attempt."""
+        if failing is not None and self._failing is None:
+            LOG.warning("notifications cannot be sent and wait in the outbox: %s", failing)
+        elif failing is None and self._failing is not None:
+            LOG.info("notifications are sent again")
+        self._failing = failing
