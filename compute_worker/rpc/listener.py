@@ -65,6 +65,11 @@ class AcceptingListener(amqpdriver.AMQPListener):  # type: ignore[misc]  # oslo.
             LOG.exception("a message that cannot be understood is dropped")
             self._acknowledge(message)
 
+    def interrupt(self) -> None:
+        """Make :meth:`poll` return soon, and from then on at once. Any thread may call it."""
+        self._shutdown.set()
+        self.conn.stop_consuming()
+
     def _take_call(self, message: Any) -> None:
         size = _size(message)
         if self._too_large(size):

@@ -76,7 +76,7 @@ class WorkerServer:
         self._queries = Lanes(rpc.max_waiting_queries + rpc.threads, "rpc-query")
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._connection: Any = None
+        self._listener: AcceptingListener | None = None
         self._problem: str | None = "not started"
 
     def start(self) -> None:
@@ -94,8 +94,8 @@ class WorkerServer:
     @property
     def connected(self) -> bool:
         """Whether the broker can reach this worker now, as far as the connection knows."""
-        connection = self._connection
-        return connection is not None and self._problem is None and bool(connection.connection.connected)
+        listener = self._listener
+        return listener is not None and self._problem is None and bool(listener.conn.connection.connected)
 
     @property
     def problem(self) -> str | None:
@@ -105,8 +105,8 @@ class WorkerServer:
     def stop_consuming(self, timeout: float = 10.0) -> bool:
         """Take no more messages; what the broker still holds stays there. Whether that ended in ``timeout`` seconds."""
         self._stopped.set()
-        if (connection := self._connection) is not None:
-            connection.stop_consuming()
+        if (listener := self._listener) is not None:
+            listener.interrupt()
         if self._thread is not None:
             self._thread.join(timeout)
             return not self._thread.is_alive()
@@ -160,11 +160,11 @@ class WorkerServer:
             connection.declare_consumer(consumer)
             # Named by the exchange: nova's own fanout of topic "compute" may be in the same virtual host.
             connection.declare_fanout_consumer(self._rpc.exchange, listener)
-            self._connection, self._problem = connection, None
+            self._listener, self._problem = listener, None
             LOG.info("listening as %s", queue)
             self._consume(listener)
         finally:
-            self._connection = None
+            self._listener = None
             _close(connection)
 
     def _consume(self, listener: AcceptingListener) -> None:

@@ -18,6 +18,7 @@ from compute_worker.operations.database import Database
 from compute_worker.operations.inbox import DatabaseInbox
 from compute_worker.operations.schema import SCHEMA
 from compute_worker.rpc.server import WorkerServer
+from tests.waiting import wait_for
 
 UUID = "11111111-2222-4333-8444-{:012d}"
 Small = Annotated[int, Meta(ge=0, le=10)]
@@ -32,7 +33,7 @@ class Notebook:
         self.gate = threading.Event()
         self.gate.set()
         self.raises: list[Exception] = []
-        self.announced: list[str] = []
+        self.on_announce: Callable[[str], None] = lambda topic: None
 
     def _note(self, method: str, context: Context, **args: Any) -> None:
         self.gate.wait(30)
@@ -84,8 +85,8 @@ class Notebook:
 
     @query
     def announce(self, context: Context, reply_topic: str) -> None:
-        """Note it."""
-        self.announced.append(reply_topic)
+        """Answer as the test wants."""
+        self.on_announce(reply_topic)
 
     def not_exposed(self, context: Context) -> str:
         """Answers nobody: it is no message."""
@@ -106,11 +107,14 @@ class Refusals:
         self.seen.append((context, method, args, error))
 
 
+DEFAULT = Rpc()
+
+
 class Host:
     """A server with its notebook, inbox and refusals. Its database outlives it, so that a second one can follow."""
 
     def __init__(
-        self, transport: Any, directory: Path, name: str = "node1", rpc: Rpc = Rpc(),
+        self, transport: Any, directory: Path, name: str = "node1", rpc: Rpc = DEFAULT,
         inbox: Callable[[DatabaseInbox], Any] = lambda inbox: inbox,
     ) -> None:  # fmt: skip
         self.name = name
@@ -125,6 +129,7 @@ class Host:
 
     def __enter__(self) -> Host:
         self.server.start()
+        wait_for(lambda: self.server.connected, what="the server to listen")
         return self
 
     def __exit__(self, *exc: object) -> None:
