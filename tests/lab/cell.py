@@ -22,7 +22,6 @@ from tests.lab.relay import Relay
 from tests.lab.settings import (
     CONFIG_FILE,
     IMAGES_PATH,
-    INSTANCES_PATH,
     LONGEST_SOCKET,
     STATE_PATH,
     WORKER_UID,
@@ -172,13 +171,8 @@ class Cell:
     def worker_config(self, name: str) -> Config:
         """The configuration a worker gets when nothing else is said."""
         return {
-            "DEFAULT": {
-                "host": name,
-                "transport_url": self.rabbit.url(self.users[name]),
-                "state_path": STATE_PATH,
-                "instances_path": INSTANCES_PATH,
-                "my_ip": self.nodes[name].address,
-            },
+            "DEFAULT": {"transport_url": self.rabbit.url(self.users[name])},
+            "compute": {"host": name, "state_path": STATE_PATH},
         }
 
     def write_config(self, name: str, *layers: Config) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from tests.lab.namespaces import LabError, Process
 from tests.lab.node import Node
@@ -72,7 +73,8 @@ def _set_table(node: Node, table: str, rules: Sequence[str]) -> None:
     for hook, direction in (("input", "iifname"), ("output", "oifname")):
         body = "; ".join(f"{direction} br0 {rule}" for rule in rules)
         chains.append(f"chain {hook} {{ type filter hook {hook} priority 0; {body}; }}")
-    node.run("nft", "-f", "-", input=f"table {table} {{ {' '.join(chains)} }}\n")
+    body = "\n".join(chains)
+    node.run("nft", "-f", "-", stdin=f"table {table} {{\n{body}\n}}\n")
 
 
 def _delete_table(node: Node, table: str) -> None:
@@ -138,11 +140,10 @@ def heal(node: Node) -> list[str]:
     if "tbf" in node.run("tc", "qdisc", "show", "dev", "eth0").stdout:
         set_rate(node, 0)
         healed.append("rate")
-    flags = int((node.path("/sys/class/net/eth0/carrier")).read_text())
-    if not flags:
+    if node.path("/sys/class/net/eth0/carrier").read_text().strip() != "1":
         set_link(node, True)
         healed.append("link")
-    mounts = node.path("/proc/mounts").read_text()
+    mounts = Path(f"/proc/{node.ns.pid}/mounts").read_text()
     for path in re.findall(r"^lab-small (\S+) ", mounts, re.MULTILINE):
         with suppress(AssertionError):
             usual_disk(node, path)

@@ -4,13 +4,17 @@ Run as a script with the cell's lifeline as standard input.  The hosts watch the
 and are dead by then; standard library only.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 
 
-def host_pids(state):
+def host_pids(state: str) -> Iterator[str]:
+    """The PID 1s of the cell in `state` that are alive."""
     for name in os.listdir(state):
         try:
             with open(os.path.join(state, name, "pid"), encoding="ascii") as pid_file:
@@ -23,7 +27,7 @@ def host_pids(state):
             yield pid
 
 
-def main():
+def main() -> None:
     state = sys.argv[1]
     while os.read(0, 1):
         continue

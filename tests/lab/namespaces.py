@@ -153,12 +153,12 @@ class Namespaces:
         *,
         user: str = "root",
         env: Mapping[str, str] | None = None,
-        input: str | None = None,
+        stdin: str | None = None,
         check: bool = True,
         timeout: float = 60.0,
         kinds: Sequence[str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the host and return its output.
+        """Run a command in the host with `stdin` as its input, and return its output.
 
         Raises LabError with the output when `check` and it failed, and
         subprocess.TimeoutExpired after `timeout` seconds.
@@ -166,10 +166,9 @@ class Namespaces:
         done = subprocess.run(
             self.command(argv, user, kinds),
             env=environment(user, env),
-            input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            input="" if stdin is None else stdin,
+            capture_output=True,
+            check=False,
             text=True,
             errors="replace",
             timeout=timeout,

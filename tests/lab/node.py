@@ -143,9 +143,11 @@ class Node:
         self._prepare_disk()
         self.ns.start(self._mounts(), lifeline)
         self.hub.plug(self.name, self.ns.pid)
+        # The same addresses after a power failure: the others remember them for a minute.
         self.ns.run(["sh", "-ec", f"""
             ip link set lo up
-            ip link add br0 type bridge
+            ip link set eth0 address 52:54:00:aa:01:{self.index:02x}
+            ip link add br0 address 52:54:00:aa:02:{self.index:02x} type bridge
             ip link set eth0 master br0 up
             ip link set br0 up
             ip addr add {self.address}/24 dev br0
@@ -162,17 +164,17 @@ class Node:
         *argv: str,
         user: str = "root",
         check: bool = True,
-        input: str | None = None,
+        stdin: str | None = None,
         timeout: float = 60.0,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the host; see `Namespaces.run`."""
-        return self.ns.run(argv, user=user, check=check, input=input, timeout=timeout, env=env)
+        return self.ns.run(argv, user=user, check=check, stdin=stdin, timeout=timeout, env=env)
 
     def virsh(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """virsh of the machine on this host's libvirtd; raises LabError with its output."""
         argv = ["virsh", "-q", "-c", self.uri, *arguments]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60,
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False,
                               stdin=subprocess.DEVNULL)
         if check and done.returncode != 0:
             raise LabError(f"{self.name}: virsh {' '.join(arguments)}: {done.stderr.strip()}")
@@ -222,7 +224,7 @@ class Node:
         steps.append(["bind", str(self.state / "images"), IMAGES_PATH])
         steps.append(["bind", f"{own}/run", "/run"])
         steps.append(["dev", f"{own}/dev", [] if self.settings.kvm else ["kvm"]])
-        steps.append(["expose", f"{own}/expose", list(self.exposed)])
+        steps.append(["expose", f"{own}/expose", list(self.exposed), ["/tmp"]])
         return steps
 
 

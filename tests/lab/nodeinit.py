@@ -4,6 +4,8 @@ Run as a script by `tests.lab.namespaces`, with the plan as JSON in argv[1].  St
 only, and nothing of this package: it starts with `python -I -S`.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import os
@@ -11,6 +13,7 @@ import signal
 import socket
 import stat
 import sys
+from collections.abc import Callable
 
 MS_BIND, MS_REC = 0x1000, 0x4000
 # A mount point may be created only below these, which are private to the host by then.
@@ -19,8 +22,10 @@ PRIVATE = ("/etc/", "/var/", "/run/")
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def mount(source, target, fstype=None, flags=0, data=None):
-    def raw(text):
+def mount(
+    source: str, target: str, fstype: str | None = None, flags: int = 0, data: str | None = None
+) -> None:
+    def raw(text: str | None) -> bytes | None:
         return None if text is None else os.fsencode(text)
 
     if libc.mount(raw(source), raw(target), raw(fstype), flags, raw(data)) != 0:
@@ -28,21 +33,21 @@ def mount(source, target, fstype=None, flags=0, data=None):
         raise OSError(code, f"mount {source} on {target}: {os.strerror(code)}")
 
 
-def step_proc(target):
+def step_proc(target: str) -> None:
     mount("proc", target, "proc")
 
 
-def step_sysfs(target):
+def step_sysfs(target: str) -> None:
     # The new network namespace's /sys/class/net; its /sys/fs/cgroup is empty, as wanted.
     mount("sysfs", target, "sysfs")
 
 
-def step_overlay(target, upper, work):
+def step_overlay(target: str, upper: str, work: str) -> None:
     options = f"lowerdir={target},upperdir={upper},workdir={work}"
     mount("lab", target, "overlay", 0, options)
 
 
-def step_bind(source, target):
+def step_bind(source: str, target: str) -> None:
     if not os.path.exists(target):
         if not target.startswith(PRIVATE):
             raise RuntimeError(f"{target} is missing, and would be made on the machine itself")
@@ -50,7 +55,7 @@ def step_bind(source, target):
     mount(source, target, None, MS_BIND | MS_REC)
 
 
-def step_dev(stage, hidden):
+def step_dev(stage: str, hidden: list[str]) -> None:
     """A /dev of the host's own, without the devices named in `hidden`."""
     mount("dev", stage, "tmpfs", 0, "mode=755,size=64k")
     for entry in os.scandir("/dev"):
@@ -72,26 +77,27 @@ def step_dev(stage, hidden):
     mount(stage, "/dev", None, MS_BIND | MS_REC)
 
 
-def closed_ancestor(path):
-    """The topmost directory above `path` that an ordinary user can not enter, or None."""
+def closed_ancestor(path: str, private: list[str]) -> str | None:
+    """The topmost directory above `path` that is private or closed to ordinary users, or None."""
     parts = path.strip("/").split("/")
     for depth in range(1, len(parts)):
         above = "/" + "/".join(parts[:depth])
-        if not os.stat(above).st_mode & stat.S_IXOTH:
+        if above in private or not os.stat(above).st_mode & stat.S_IXOTH:
             return above
     return None
 
 
-def step_expose(stage, paths):
+def step_expose(stage: str, paths: list[str], private: list[str]) -> None:
     """Let ordinary users of this host reach `paths`, under the very same names.
 
     A directory on the way that is closed to them (/root, say) is covered by an empty file
-    system, in which only these paths appear.
+    system, in which only these paths appear.  So is each of `private` (/tmp): the host's own.
     """
     mount("expose", stage, "tmpfs", 0, "mode=755,size=64k")
-    covered = {}
+    covered: dict[str, list[tuple[str, str]]] = {name: [] for name in private}
     for number, path in enumerate(sorted(set(paths))):
-        closed = closed_ancestor(os.path.realpath(path)) or closed_ancestor(path)
+        closed = closed_ancestor(os.path.realpath(path), private)
+        closed = closed or closed_ancestor(path, private)
         if closed:
             holder = os.path.join(stage, str(number))
             os.mkdir(holder)
@@ -100,13 +106,14 @@ def step_expose(stage, paths):
             if os.path.realpath(path) != path:
                 covered[closed].append((holder, os.path.realpath(path)))
     for closed, held in sorted(covered.items()):
-        mount("expose", closed, "tmpfs", 0, "mode=755,size=64k")
+        options = "mode=1777" if closed in private else "mode=755,size=64k"
+        mount("expose", closed, "tmpfs", 0, options)
         for holder, path in held:
             os.makedirs(path, exist_ok=True)
             mount(holder, path, None, MS_BIND | MS_REC)
 
 
-STEPS = {
+STEPS: dict[str, Callable[..., None]] = {
     "proc": step_proc,
     "sysfs": step_sysfs,
     "overlay": step_overlay,
@@ -116,7 +123,7 @@ STEPS = {
 }
 
 
-def main():
+def main() -> None:
     plan = json.loads(sys.argv[1])
     # /proc is still the machine's: this is our pid as seen from outside.
     outer_pid = os.readlink("/proc/self")

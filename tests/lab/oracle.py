@@ -116,7 +116,8 @@ def boots(console: str) -> list[Boot]:
     number 0.
     """
     found: list[Boot] = []
-    number, ticks, clean, begun = 0, [], False, False
+    number, clean, begun = 0, False, False
+    ticks: list[int] = []
     line_re = re.compile(r"LAB: (?:BOOT OK boots=(\d+)|tick (\d+) up=|(CLEAN SHUTDOWN))")
     for match in line_re.finditer(console):
         boot, tick, shutdown = match.groups()
@@ -247,7 +248,8 @@ def _linux_partition(disk: Path) -> int:
 def _run(*argv: str, allowed: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
     path = "/usr/sbin:/sbin:" + os.environ.get("PATH", "/usr/bin:/bin")
     done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=60,
-                          env={"PATH": path, "LANG": "C.UTF-8"}, stdin=subprocess.DEVNULL)
+                          check=False, stdin=subprocess.DEVNULL,
+                          env={"PATH": path, "LANG": "C.UTF-8"})
     if done.returncode not in allowed:
         raise LabError(f"{' '.join(argv)}: exit {done.returncode}: {done.stderr.strip()}")
     return done
