@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compute_worker import errors
+from compute_worker.config import Images
+from compute_worker.images.file import FileStore
+from compute_worker.images.http import HttpStore
+from compute_worker.images.store import ImageFacts, ImageStore, ImageStores, Opened
+from compute_worker.objects import ImageMeta
+
+
+class ReadOnly(ImageStore):
+    name = "readonly"
+
+    def stat(self, image_id: str) -> ImageFacts:
+        return ImageFacts()
+
+    def open(self, image_id: str, offset: int = 0, validator: str | None = None) -> Opened:
+        return Opened(0, iter(()), lambda: None, lambda: None)
+
+
+def test_stores_come_by_name_once_and_the_default_is_configured(tmp_path: Path) -> None:
+    stores = ImageStores(Images(store="file", file_path=str(tmp_path), http_url="http://127.0.0.1:1"))
+    assert isinstance(stores.get(), FileStore)
+    assert stores.get() is stores.get("file")
+    assert isinstance(stores.get("http"), HttpStore)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nosuch", "no such entry point"), ("http", "http_url"), ("glance", "glance_url"), ("../x", "no such entry point")],
+)
+def test_a_store_that_is_not_there_is_refused(name: str, says: str) -> None:
+    with pytest.raises(errors.NotSupported, match=says):
+        ImageStores(Images()).get(name)
+
+
+@pytest.mark.parametrize("image_id", ["../x", "/etc/passwd", "a/b", "", ".x", "-x", "a..b", "x\0", "x\n", "a" * 129])
+def test_ids_are_never_paths(image_id: str) -> None:
+    with pytest.raises(errors.ImageNotFound):
+        ReadOnly().check_id(image_id)
+
+
+def test_a_store_takes_no_images_unless_it_says_how() -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"x"
+
+    store = ReadOnly()
+    for call in (
+        lambda: store.create(ImageMeta(id="x")),
+        lambda: store.write("x", chunks()),
+        lambda: store.publish("x"),
+        lambda: store.abort("x"),
+    ):
+        with pytest.raises(errors.NotSupported, match="readonly"):
+            call()
