@@ -113,7 +113,8 @@ class Recovery:
         rebooted = bool(boot_id) and self._core.database.read(_last_boot) not in (None, boot_id)
         guests = {guest.uuid: guest for guest in self._core.driver.list_instances()}
         busy = {e.instance for e in self._core.database.read(journal.open_entries)}
-        decided = {i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy, rebooted) for i in self._core.store.list()}
+        known = self._core.store.list()
+        decided = {i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy, rebooted) for i in known}
         decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid})
         self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
         for instance, (action, why) in decided.items():

@@ -76,32 +76,29 @@ class Runner:
             thread.start()
 
     def _work(self, run: Run) -> None:
-        started = time.monotonic()
         try:
             with logcontext.bound(request_id=run.request_id, operation=run.uuid, instance=run.instance):
-                self._executor.execute(run)
+                self._to_its_end(run)
         except (Stopping, Closed):
-            self._forget_thread()
-            return
+            LOG.debug("operation %s goes on after the next start", run.uuid)
         except Exception:
             LOG.exception("operation %s stays open until the worker is started again", run.uuid)
-            self._forget_thread()
-            return
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+                self._lock.notify_all()
+
+    def _to_its_end(self, run: Run) -> None:
+        started = time.monotonic()
+        self._executor.execute(run)
         state = self._database.read(lambda tx: journal.by_id(tx, run.id)).state
         if self._on_end is not None:
             self._on_end(run.kind, run.instance, state.value, time.monotonic() - started)
         with self._lock:
-            self._threads.discard(threading.current_thread())
             del self._runs[run.id]
             tickets = self._admission.done(run.id)
             if not self._stopping:
                 self._launch(tickets)
-            self._lock.notify_all()
-
-    def _forget_thread(self) -> None:
-        with self._lock:
-            self._threads.discard(threading.current_thread())
-            self._lock.notify_all()
 
     def cancel(self, row: int, preempted: bool = False) -> None:
         """Ask a running operation to leave; the journal knows it already. One that waits sees it when it starts."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compute_worker import errors
+from compute_worker.operations.database import Closed
 from compute_worker.operations.executor import Point, decide_again
 from compute_worker.operations.kinds import Commit
 from compute_worker.states import OperationState
@@ -111,6 +112,13 @@ def test_each_kind_has_one_commit(tmp_path):
     worker.close()
 
 
+def dead_or_final(worker):
+    try:
+        return worker.dead.is_set() or worker.operations.get(UUID).state.final
+    except Closed:
+        return True
+
+
 def die_and_resume(path, world, deaths, cancel=False):
     """Run one operation through a list of deaths; returns its outcome."""
     for number, death in enumerate([*deaths, None]):
@@ -119,9 +127,7 @@ def die_and_resume(path, world, deaths, cancel=False):
         if number == 0:
             operation = worker.send(operation=UUID).operation
         if death is not None:
-            wait_for(
-                lambda w=worker: w.dead.is_set() or w.operations.get(UUID).state.final, what=f"{death} to be reached"
-            )
+            wait_for(lambda w=worker: dead_or_final(w), what=f"{death} to be reached")
             if not worker.dead.is_set():
                 worker.close()
             continue
