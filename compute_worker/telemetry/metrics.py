@@ -48,9 +48,6 @@ class Observer(Protocol):
     def journal_commit(self, seconds: float) -> None:
         """A commit of the journal is on disk."""
 
-    def message_received(self, method: str, outcome: str) -> None:
-        """A message was ``accepted``, ``answered``, ``refused`` or ``failed``. ``method``: known names only."""
-
     def notification_sent(self, event_type: str) -> None:
         """The broker confirmed a notification."""
 
@@ -62,9 +59,6 @@ class NullObserver:
         """Not counted."""
 
     def journal_commit(self, seconds: float) -> None:
-        """Not counted."""
-
-    def message_received(self, method: str, outcome: str) -> None:
         """Not counted."""
 
     def notification_sent(self, event_type: str) -> None:
@@ -95,9 +89,6 @@ class Metrics:
             buckets=_COMMIT_BUCKETS,
             registry=self._registry,
         )
-        self._messages = Counter(
-            f"{PREFIX}_messages", "Messages by method and outcome.", ["method", "outcome"], registry=self._registry
-        )
         self._notifications = Counter(
             f"{PREFIX}_notifications_sent",
             "Notifications that the broker confirmed, by their last word.",
@@ -115,10 +106,6 @@ class Metrics:
     def journal_commit(self, seconds: float) -> None:
         """Count it and its duration."""
         self._commits.observe(seconds)
-
-    def message_received(self, method: str, outcome: str) -> None:
-        """Count it."""
-        self._messages.labels(method, outcome).inc()
 
     def notification_sent(self, event_type: str) -> None:
         """Count it."""

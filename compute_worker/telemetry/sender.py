@@ -129,6 +129,10 @@ class OutboxSender:
                 self._stopping.wait(backoff)
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
+            except BaseException as exc:
+                # The journal was closed: this worker ends, and the rows are the next one's.
+                LOG.debug("no more notifications: %s", type(exc).__name__)
+                return
             backoff = self._first_backoff
             if not more and not self._stopping.is_set():
                 self._outbox.wait(self._idle_seconds())

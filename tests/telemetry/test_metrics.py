@@ -27,7 +27,6 @@ def test_events_are_counted() -> None:
     metrics.operation_finished("stop_instance", "done", 0.2)
     metrics.operation_finished("stop_instance", "done", -1.0)
     metrics.journal_commit(0.004)
-    metrics.message_received("stop_instance", "accepted")
     metrics.notification_sent("instance.stop.end")
     found = samples(metrics)
     done = (("kind", "stop_instance"), ("state", "done"))
@@ -35,7 +34,6 @@ def test_events_are_counted() -> None:
     assert found["compute_worker_operation_duration_seconds_sum", done] == 0.2
     assert found["compute_worker_journal_commit_seconds_bucket", (("le", "0.005"),)] == 1
     assert found["compute_worker_journal_commit_seconds_bucket", (("le", "0.003"),)] == 0
-    assert found["compute_worker_messages_total", (("method", "stop_instance"), ("outcome", "accepted"))] == 1
     assert found["compute_worker_notifications_sent_total", (("event", "end"),)] == 1
     assert found["compute_worker_info", (("version", "1.2"),)] == 1
     assert found["process_resident_memory_bytes", ()] > 1 << 20
@@ -89,7 +87,7 @@ def test_two_hosts_of_one_process_do_not_share_counts() -> None:
 def test_without_metrics_nothing_is_imported() -> None:
     code = (
         "import sys, compute_worker.telemetry.metrics as m; o: m.Observer = m.NullObserver(); o.journal_commit(1.0);"
-        " o.message_received('x', 'y'); o.notification_sent('z'); o.operation_finished('a', 'b', 1.0);"
+        " o.notification_sent('z'); o.operation_finished('a', 'b', 1.0);"
         " sys.exit('prometheus_client' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
