@@ -71,7 +71,7 @@ class ComputeError(Exception):
 
     def __init__(self, message: str | None = None, **kwargs: Any) -> None:
         self.kwargs = kwargs
-        for name in kwargs.keys() - {"message", "args", "kwargs"}:
+        for name in kwargs.keys() - _RESERVED:
             setattr(self, name, kwargs[name])
         self.message = message if message is not None else self._fill(kwargs)
         super().__init__(self.message)
@@ -91,6 +91,10 @@ class ComputeError(Exception):
             "reschedulable": self.reschedulable,
             "retry_after": self.retry_after,
         }
+
+
+_RESERVED = frozenset({*dir(Exception), "message", "kwargs", "template", "to_dict", "_fill"})
+"""What a detail cannot replace: details come from other hosts."""
 
 
 class Refused(ComputeError):
@@ -289,8 +293,12 @@ class DeadlineExceeded(Broken):
 
 
 def from_dict(data: dict[str, Any]) -> ComputeError:
-    """The error that :meth:`ComputeError.to_dict` wrote; an unknown class comes back as :class:`ComputeError`."""
+    """The error that :meth:`ComputeError.to_dict` wrote; an unknown class comes back as :class:`ComputeError`, with
+    the hints it had."""
     cls = globals().get(data.get("class", ""), ComputeError)
     if not (isinstance(cls, type) and issubclass(cls, ComputeError)):
         cls = ComputeError
-    return cls(data.get("message"), **data.get("details", {}))
+    error = cls(data.get("message"), **data.get("details", {}))
+    error.reschedulable = bool(data.get("reschedulable", error.reschedulable))
+    error.retry_after = data.get("retry_after", error.retry_after)
+    return error
