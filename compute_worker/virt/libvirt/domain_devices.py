@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compute_worker.virt.libvirt.xmlmap import Attr, Child, Children, Element
+from compute_worker.virt.libvirt.xmlmap import Attr, Child, Children, Element, Text
 from compute_worker.virt.libvirt.xmlvalues import ON_OFF, YES_NO, Choice, Int
 
 VIRTIO_MODELS = ("virtio", "virtio-transitional", "virtio-non-transitional")
@@ -160,6 +160,7 @@ class RngBackend(Element):
     TAG = "backend"
 
     model = Attr("./@model", Choice("random", "builtin"))
+    device = Text(".")
 
 
 class MemBalloon(Element):

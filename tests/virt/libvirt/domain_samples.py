@@ -213,7 +213,7 @@ SAMPLES: dict[type[Element], dict[str, Case]] = {
         "listen": Case(("0.0.0.0", "::1")),
     },
     dev.Rng: {"rate_period": Case((1000,), {"rate_bytes": 1024})},
-    dev.RngBackend: {},
+    dev.RngBackend: {"device": Case(("/dev/urandom", "/dev/hwrng"))},
     dev.Controller: {
         "type": Case(("virtio-serial", "usb", "scsi", "sata", "ide")),
         "model": Case(("none", "qemu-xhci"), {"type": "usb"}),

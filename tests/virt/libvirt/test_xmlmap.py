@@ -12,6 +12,7 @@ class Leaf(Element):
     TAG = "leaf"
 
     name = Attr("./@name")
+    text = Text(".")
 
 
 class Tree(Element):
@@ -181,6 +182,13 @@ def test_child_stays_attached_and_is_replaced_not_added():
     assert [node.get("height") for node in tree.node] == ["2"]
     tree.crown = None
     assert tree.crown is None
+
+
+def test_an_elements_own_text():
+    leaf = Leaf(name="a", text="green")
+    assert leaf.to_xml() == '<leaf name="a">green</leaf>\n'
+    leaf.text = None
+    assert (leaf.text, leaf.to_xml()) == (None, '<leaf name="a" />\n')
 
 
 def test_children_are_a_live_list():

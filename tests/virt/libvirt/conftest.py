@@ -1,0 +1,42 @@
+"""libvirt's own test driver, one private host for each test."""
+
+import itertools
+
+import pytest
+
+from compute_worker.virt.libvirt.domain import Devices, Domain, Os
+from compute_worker.virt.libvirt.host import Host
+
+NODE = """<node><cpu><mhz>2000</mhz><model>i686</model><active>4</active><nodes>1</nodes><sockets>1</sockets>
+<cores>4</cores><threads>1</threads></cpu><memory>4194304</memory></node>"""
+UUID = "0f7a4ac5-4b7d-4e6b-9f0a-0123456789ab"
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def uri(tmp_path):
+    path = tmp_path / f"node-{next(_numbers)}.xml"
+    path.write_text(NODE)
+    return f"test://{path}"
+
+
+@pytest.fixture
+def host(uri):
+    host = Host(uri, host="node1", backoff=(0.01, 0.05))
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def received(host):
+    """Every event of the host, in order."""
+    events = []
+    host.subscribe(events.append)
+    return events
+
+
+def domain(uuid=UUID, name="instance-1", **values):
+    """A guest for the test driver."""
+    base = {"type": "test", "memory_kib": 65536, "vcpus": 2, "os": Os(type="hvm"), "devices": Devices()}
+    return Domain(uuid=uuid, name=name, **{**base, **values})
