@@ -28,7 +28,8 @@ def instance_of(args: argparse.Namespace) -> Instance:
 
     :raises UsageError: naming the option and what is wrong with it.
     """
-    flavor = flavor_of(args.flavor, args.swap)
+    ephemerals = [ephemeral_of(text) for text in args.ephemeral]
+    flavor = flavor_of(args.flavor, args.swap, sum(disk.size_gb for disk in ephemerals))
     return _made(
         Instance,
         "boot",
@@ -37,7 +38,7 @@ def instance_of(args: argparse.Namespace) -> Instance:
         flavor=flavor,
         image=image_of(args),
         vifs=[vif_of(text) for text in args.vif],
-        block_device_info=BlockDeviceInfo(ephemerals=[ephemeral_of(text) for text in args.ephemeral]),
+        block_device_info=BlockDeviceInfo(ephemerals=ephemerals),
         config_drive=args.config_drive or bool(args.file),
         hostname=args.hostname,
         kernel_cmdline=args.kernel_cmdline,
@@ -46,13 +47,21 @@ def instance_of(args: argparse.Namespace) -> Instance:
     )
 
 
-def flavor_of(text: str, swap_mb: int = 0) -> Flavor:
+def flavor_of(text: str, swap_mb: int = 0, ephemeral_gb: int = 0) -> Flavor:
     """``VCPUS/MEMORY_MB/ROOT_GB``; without the last part the root disk is as large as the image."""
     parts = text.split("/")
     if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() for part in parts):
         raise UsageError(f"--flavor {safe(text)!r}: give VCPUS/MEMORY_MB/ROOT_GB, such as 2/2048/20")
     vcpus, memory, root = (*map(int, parts), 0)[:3]
-    return _made(Flavor, "--flavor", vcpus=vcpus, memory_mb=memory, root_gb=root, swap_mb=swap_mb)
+    return _made(
+        Flavor,
+        "--flavor",
+        vcpus=vcpus,
+        memory_mb=memory,
+        root_gb=root,
+        swap_mb=swap_mb,
+        ephemeral_gb=ephemeral_gb,
+    )
 
 
 def image_of(args: argparse.Namespace) -> ImageMeta:

@@ -14,7 +14,7 @@ from compute_worker.virt.fake import FakeDriver
 from compute_worker.virt.simulated.host import SimulatedHost
 from tests.waiting import wait_for
 
-DISCOVER_SECONDS = "0.25"
+DISCOVER_SECONDS = "0.15"
 IMAGE = "img-1"
 KERNEL = "kernel-1"
 

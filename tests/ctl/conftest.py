@@ -9,7 +9,7 @@ from tests.ctl.cell import IMAGE, KERNEL, CtlCell
 
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CtlCell]:
-    """Two hosts, of which node2 has more memory."""
+    """Two hosts that answer, with an image and a kernel."""
     directory = tmp_path_factory.mktemp("cell")
     with CtlCell(["node1", "node2"], directory, compute={"max_concurrent_builds": 2}) as cell:
         for name in (IMAGE, KERNEL):

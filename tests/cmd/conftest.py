@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from tests.ctl.conftest import cell  # noqa: F401
