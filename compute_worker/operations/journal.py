@@ -179,9 +179,12 @@ def open_entries(tx: Tx, instance: str | None = None) -> list[Entry]:
     return [_entry(row) for row in rows]
 
 
-def changed_since(tx: Tx, seq: int, instance: str | None = None, limit: int = 1000) -> list[Entry]:
-    """Operations that changed after ``seq``, in order of change."""
+def changed_since(
+    tx: Tx, seq: int, instance: str | None = None, limit: int = 1000, open_only: bool = False
+) -> list[Entry]:
+    """Operations that changed after ``seq``, in order of change: the first ``limit`` of them."""
     where, values = (" AND instance = ?", (instance,)) if instance else ("", ())
+    where += f" AND {OPEN_SQL}" if open_only else ""
     rows = tx.execute(
         f"SELECT * FROM operations WHERE seq > ?{where} ORDER BY seq LIMIT {limit:d}", (seq, *values)
     )

@@ -271,8 +271,7 @@ class Operations:
         """Operations without their steps, in order of change after ``since``; at most 1,000 at once."""
 
         def look(tx: Tx) -> list[Entry]:
-            found = journal.changed_since(tx, since or 0, instance)
-            return [e for e in found if not open_only or not e.state.final]
+            return journal.changed_since(tx, since or 0, instance, open_only=open_only)
 
         entries = self.database.read(look)
         return [self._runner.live(journal.view(e, [], self.host, self.database.journal_id), e.id) for e in entries]
