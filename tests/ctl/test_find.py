@@ -37,7 +37,7 @@ def test_matching(word: str, found: list[Instance]) -> None:
 
 @pytest.mark.parametrize(
     ("word", "is_one"),
-    [(A.uuid, True), (A.uuid.upper(), False), (A.uuid.replace("-", ""), False), ("x" * 36, False), (f"{A.uuid}0", False)],
+    [(A.uuid, True), (A.uuid.upper(), False), (A.uuid.replace("-", ""), False), ("x" * 36, False)],
 )
 def test_is_uuid(word: str, is_one: bool) -> None:
     assert is_uuid(word) is is_one
