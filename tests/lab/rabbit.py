@@ -112,6 +112,7 @@ class Rabbit:
         self.vhost = "lab"
         self.own_namespaces = own_namespaces
         self.authority = authority
+        self._lifeline: tuple[int, int] | None = None
 
     @classmethod
     def local(cls, directory: Path, *, tls: bool = False) -> Rabbit:
@@ -127,9 +128,11 @@ class Rabbit:
         self,
         users: Sequence[User] = (),
         vhosts: Sequence[str] = ("lab",),
-        lifeline: int | None = None,
     ) -> None:
-        """Configure and start with these users (and the administrator lab/lab)."""
+        """Configure and start with these users (and the administrator lab/lab).
+
+        A broker with namespaces of its own dies with the process that called this.
+        """
         (self.directory / "log").mkdir(parents=True, exist_ok=True)
         self.vhost = vhosts[0]
         everyone = [ADMINISTRATOR, *users]
@@ -140,7 +143,8 @@ class Rabbit:
         cookie.write_text(secrets.token_hex(15))
         cookie.chmod(0o600)
         if self.own_namespaces:
-            self.ns.start([["proc", "/proc"]], lifeline)
+            self._lifeline = os.pipe()
+            self.ns.start([["proc", "/proc"]], self._lifeline[0])
         self.start()
 
     def start(self) -> None:
@@ -189,6 +193,9 @@ class Rabbit:
         """Remove the broker, its files and, if they are its own, its namespaces."""
         if self.own_namespaces:
             self.ns.kill()
+            for end in self._lifeline or ():
+                os.close(end)
+            self._lifeline = None
         elif self.ns.alive:
             for process in self.ns.processes(f"{BEAM}|epmd|inet_gethost|erl_child_setup"):
                 process.signal(signal.SIGKILL)

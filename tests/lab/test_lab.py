@@ -5,33 +5,21 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import amqp
-import kombu
 import pytest
 
-from tests.lab import faults, oracle
+from tests.lab import faults
 from tests.lab.cell import Cell
-from tests.lab.domain_xml import GuestDomain
-from tests.lab.guest_images import GuestImages
 from tests.lab.namespaces import LabError
-from tests.lab.node import Node
-from tests.lab.rabbit import Permissions, Rabbit, User
 from tests.lab.settings import INSTANCES_PATH, STATE_PATH, WORKER_UID, WORKER_USER, Settings
 from tests.lab.worker import REPOSITORY
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.lab
-
-UUID = "5e0d7c3a-9a55-4c2e-8c4d-0b4f6a1f0c01"
-DIRECTORY = f"{INSTANCES_PATH}/{UUID}"
 
 # A stand-in for the worker: answers /healthz, says what it is, ends on SIGTERM with 0.
 WORKER_SCRIPT = """
@@ -62,43 +50,6 @@ def lab_processes(state: Path) -> list[str]:
         if (str(state) in command or str(state) in mounts) and int(entry) != os.getpid():
             found.append(f"{entry} {command}")
     return found
-
-
-@contextmanager
-def guest(node: Node, domain: GuestDomain, disk: Path) -> Iterator[GuestDomain]:
-    """A defined and started guest on its own copy of `disk`; removed on leaving."""
-    node.run("mkdir", "-p", DIRECTORY, user=WORKER_USER)
-    copy = node.path(domain.disk)
-    subprocess.run(["cp", "--sparse=always", str(disk), str(copy)], check=True)
-    os.chown(copy, WORKER_UID, WORKER_UID)
-    definition = node.path("/tmp/domain.xml")
-    definition.write_text(domain.xml())
-    try:
-        node.virsh("define", str(definition))
-        node.virsh("start", domain.name)
-        yield domain
-    finally:
-        node.virsh("destroy", domain.name, check=False)
-        node.virsh("undefine", domain.name, check=False)
-        node.run("rm", "-rf", DIRECTORY)
-
-
-def wait_for_ticks(node: Node, count: int, boot: int = 1, deadline: float = 60.0) -> str:
-    """The console once the guest has ticked `count` times in this boot the console shows."""
-
-    def ticked() -> str | None:
-        console = oracle.read_console(node, UUID)
-        found = oracle.boots(console)
-        return console if len(found) >= boot and len(found[boot - 1].ticks) >= count else None
-
-    return wait_for(ticked, deadline, f"{count} ticks on {node.name}") or ""
-
-
-def direct_boot(cell: Cell, images: GuestImages, **other: str) -> GuestDomain:
-    return GuestDomain(
-        "lab-guest", UUID, f"{DIRECTORY}/disk", f"{DIRECTORY}/console.log",
-        kernel=cell.add_image(images.kernel), initrd=cell.add_image(images.initrd), **other,
-    )
 
 
 def test_up_in_seconds_and_down_leaves_nothing(lab_machine: None) -> None:
@@ -333,170 +284,6 @@ def test_configuration_is_not_for_the_world(cell: Cell) -> None:
     path = "/etc/compute-worker/compute-worker.conf"
     assert "virt_type = qemu" in node.run("cat", path, user=WORKER_USER).stdout
     assert node.run("cat", path, user="nobody", check=False).returncode != 0
-
-
-def test_guest_boots_ticks_and_shuts_down(cell: Cell, lab_guest: GuestImages) -> None:
-    """From kernel and initrd, as the worker's user; twice, its counter going on."""
-    node = cell["node1"]
-    domain = direct_boot(cell, lab_guest)
-    with guest(node, domain, lab_guest.data_raw):
-        console = wait_for_ticks(node, 3)
-        assert oracle.where_running(cell.nodes.values()) == {UUID: ["node1"]}
-        assert oracle.domains(node)[UUID].state == "running"
-        assert f"{UUID}/disk" in oracle.files(node, UUID)
-        assert oracle.seen_nics(console) == [domain.mac]
-        assert oracle.seen_disks(console)["vda"]["label"] == "LABDATA"
-        assert len(oracle.leftovers(node)) >= 3
-        owner = Path(f"/proc/{oracle.qemu_processes(node)[0].pid}").stat().st_uid
-        assert owner == WORKER_UID
-        node.virsh("shutdown", domain.name)
-        wait_for(lambda: not oracle.qemu_processes(node), 20, "the guest's clean end")
-        assert oracle.domains(node)[UUID].state == "shut off"
-        node.virsh("start", domain.name)
-        console = wait_for_ticks(node, 2, boot=2)
-        first, second = oracle.boots(console)
-        assert first.clean_shutdown and (first.number, second.number) == (1, 2)
-        assert oracle.continuity_problems(console) == []
-        assert oracle.counter_on(node, domain.disk, "raw") >= second.ticks[-1]
-        node.virsh("destroy", domain.name)
-        assert oracle.counter(node.instances / UUID / "disk") >= second.ticks[-1]
-
-
-def test_guest_boots_from_its_own_disk(cell: Cell, lab_guest: GuestImages) -> None:
-    node = cell["node1"]
-    domain = GuestDomain("lab-guest", UUID, f"{DIRECTORY}/disk", f"{DIRECTORY}/console.log",
-                         disk_format="qcow2")
-    with guest(node, domain, lab_guest.boot_qcow2):
-        console = wait_for_ticks(node, 2)
-        assert "disk=/dev/vda2" in console
-        node.virsh("destroy", domain.name)
-        disk = node.instances / UUID / "disk"
-        assert oracle.counter(disk, "qcow2") >= oracle.boots(console)[-1].ticks[-1]
-        assert oracle.read_guest_file(disk, "/boots", "qcow2").strip() == "1"
-
-
-def test_guest_tells_what_it_was_given(cell: Cell, lab_guest: GuestImages) -> None:
-    """Config drive, swap, a labelled disk: by size, label and serial."""
-    node = cell["node1"]
-    node.run("mkdir", "-p", DIRECTORY, user=WORKER_USER)
-    node.run("sh", "-ec", f"""cd {DIRECTORY}
-        mkdir -p tree/openstack/latest
-        printf '{{\\n "uuid": "{UUID}",\\n "hostname": "h"}}' > tree/openstack/latest/meta_data.json
-        xorriso -no_rc -as mkisofs -quiet -J -r -V config-2 -o disk.config tree
-        rm -r tree
-        truncate -s 16M disk.swap; mkswap -q disk.swap
-        truncate -s 20M disk.eph0; mkfs.ext4 -q -L ephemeral0 disk.eph0""", user=WORKER_USER)
-    extra = "".join(
-        f"<disk type='file' device='{device}'><driver name='qemu' type='raw'/>"
-        f"<source file='{DIRECTORY}/{name}'/><target dev='{target}' bus='{bus}'/>{more}</disk>"
-        for device, name, target, bus, more in (
-            ("cdrom", "disk.config", "hda", "ide", "<readonly/>"),
-            ("disk", "disk.swap", "vdb", "virtio", ""),
-            ("disk", "disk.eph0", "vdc", "virtio", "<serial>lab-serial</serial>"),
-        )
-    )
-    with guest(node, direct_boot(cell, lab_guest, extra_devices=extra), lab_guest.data_raw):
-        console = wait_for_ticks(node, 1)
-    disks = oracle.seen_disks(console)
-    assert (disks["vdb"]["fs"], disks["vdb"]["size"]) == ("swap", str(16 << 20))
-    assert (disks["vdc"]["label"], disks["vdc"]["serial"]) == ("ephemeral0", "lab-serial")
-    drive = oracle.seen_config_drive(console)
-    assert drive["uuid"] == UUID and '"hostname": "h"' in drive["meta_data"]
-
-
-def test_console_log_made_by_the_worker_stays_readable(
-    cell: Cell, lab_guest: GuestImages
-) -> None:
-    """virtlogd keeps the owner of a console.log that is there; its own are root's alone."""
-    node = cell["node1"]
-    node.run("mkdir", "-p", DIRECTORY, user=WORKER_USER)
-    node.run("sh", "-c", f"umask 077; : > {DIRECTORY}/console.log", user=WORKER_USER)
-    with guest(node, direct_boot(cell, lab_guest), lab_guest.data_raw):
-        wait_for_ticks(node, 1)
-        assert "LAB: BOOT OK" in node.run("cat", f"{DIRECTORY}/console.log",
-                                          user=WORKER_USER).stdout
-
-
-@pytest.mark.lab_full
-def test_bare_live_migration(cell: Cell, lab_guest: GuestImages) -> None:
-    """Bare virsh migrate with its disk: the counter goes on at the other host, no tick twice."""
-    one, two = cell["node1"], cell["node2"]
-    two.run("mkdir", "-p", DIRECTORY, user=WORKER_USER)
-    two.run("truncate", "-s", "64M", f"{DIRECTORY}/disk", user=WORKER_USER)
-    with guest(one, direct_boot(cell, lab_guest), lab_guest.data_raw) as domain:
-        wait_for_ticks(one, 2)
-        try:
-            one.virsh("migrate", "--live", "--p2p", "--persistent", "--undefinesource",
-                      "--copy-storage-all", domain.name, "qemu+tcp://node2/system")
-            assert oracle.where_running(cell.nodes.values()) == {UUID: ["node2"]}
-            there = wait_for_ticks(two, 2)
-            here = oracle.read_console(one, UUID)
-            assert oracle.double_run(here, there) == []
-            last = oracle.boots(here)[-1].ticks[-1]
-            assert oracle.boots(there)[0].ticks[0] == last + 1
-        finally:
-            two.virsh("destroy", domain.name, check=False)
-            two.virsh("undefine", domain.name, check=False)
-            two.run("rm", "-rf", DIRECTORY)
-
-
-def connects(url: str, timeout: float = 2.0) -> bool:
-    try:
-        with kombu.Connection(url, connect_timeout=timeout) as connection:
-            connection.connect()
-            return True
-    except (OSError, amqp.AccessRefused):
-        return False
-
-
-def test_rabbit_killed_stopped_and_frozen(cell: Cell) -> None:
-    rabbit = cell.rabbit
-    assert rabbit.ready()
-    rabbit.freeze()
-    assert not rabbit.ready()
-    rabbit.thaw()
-    wait_for(rabbit.ready, what="the thawed broker")
-    rabbit.kill()
-    assert not rabbit.ready()
-    rabbit.start()
-    rabbit.stop()
-    assert rabbit.process() is None
-    rabbit.start()
-    assert rabbit.ready()
-
-
-def test_relay_reaches_the_hub_from_this_process(cell: Cell) -> None:
-    relay = cell.relay()
-    assert connects(f"amqp://lab:lab@127.0.0.1:{relay.port}/lab")
-    assert not connects(f"amqp://lab:wrong@127.0.0.1:{relay.port}/lab")
-    relay.close()
-    with socket.socket() as sock:
-        assert sock.connect_ex(("127.0.0.1", relay.port)) != 0
-
-
-@pytest.mark.lab_full
-def test_local_broker_with_users_and_permissions(lab_machine: None, tmp_path: Path) -> None:
-    """On 127.0.0.1 beside everything else; a user may use only what it was given."""
-    rabbit = Rabbit.local(tmp_path / "mq")
-    only_mine = Permissions("^mine$", "^mine$", "^mine$")
-    try:
-        rabbit.up([User("one", "s3cret@/", only_mine)], vhosts=["lab", "other"])
-        user = User("one", "s3cret@/")
-        assert connects(rabbit.url(user, "amqp")) and connects(rabbit.url(user, "amqp", "other"))
-        with kombu.Connection(rabbit.url(user, "amqp")) as connection:
-            assert connection.channel().queue_declare("mine").queue == "mine"
-            with pytest.raises(amqp.AccessRefused):
-                connection.channel().queue_declare("yours")
-        rabbit.set_permissions("one", Permissions())
-        with kombu.Connection(rabbit.url(user, "amqp")) as connection:
-            assert connection.channel().queue_declare("yours").queue == "yours"
-        rabbit.stop()
-        rabbit.start()
-        assert connects(rabbit.url(user, "amqp"))
-        pid = rabbit.ns.pid
-    finally:
-        rabbit.down()
-    assert not Path(f"/proc/{pid}").exists() and not rabbit.directory.exists()
 
 
 def test_tls_listeners(lab_machine: None) -> None:
