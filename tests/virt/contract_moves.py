@@ -296,6 +296,7 @@ class LiveMoveContract(_Moves):
         if world.guest_writes_disk:
             assert world.read_disk(world.b, instance.uuid).endswith(b"before")
         dest.power_off(there, RecordingJob())
+        assert world.power(world.b, instance.uuid) == "shutdown", "its definition was not made persistent"
         dest.power_on(there, RecordingJob())
         assert world.power(world.b, instance.uuid) == "running"
 
