@@ -75,3 +75,18 @@ class RecordingJob:
 
     def explain(self, reason: str) -> None:
         self.reasons.append(reason)
+
+
+def in_thread(target: object, *args: object) -> tuple[threading.Thread, list[BaseException]]:
+    """Run ``target`` aside; what it raised is in the list."""
+    raised: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            target(*args)  # type: ignore[operator]
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    return thread, raised
