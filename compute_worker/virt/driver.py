@@ -276,11 +276,6 @@ class ComputeDriver(abc.ABC):
         """
 
     @abc.abstractmethod
-    def reboot(self, instance: Instance, job: Job, hard: bool = False, timeout: float = 120) -> None:
-        """Soft: ask the guest, wait up to ``timeout`` seconds for it to go down and start it again; when it does not
-        listen, hard. Hard: pull the plug, define anew, start. Ends running."""
-
-    @abc.abstractmethod
     def pause(self, instance: Instance) -> None:
         """Stop the guest's processors; memory stays."""
 

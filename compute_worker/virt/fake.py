@@ -222,11 +222,6 @@ class FakeDriver(ColdMoves, LiveMoves, Snapshots):
         self.kill(uuid)
         return False
 
-    def reboot(self, instance: Instance, job: Job, hard: bool = False, timeout: float = 120) -> None:
-        """Off in the way asked for, then on."""
-        self.power_off(instance, job, timeout=0 if hard else timeout)
-        self.power_on(instance, job)
-
     def pause(self, instance: Instance) -> None:
         """Processors stop."""
         with self._connection.call("pause", instance.uuid) as host:

@@ -344,19 +344,14 @@ class LifecycleContract:
         driver.power_on(instance, RecordingJob())
         assert world.power(world.a, instance.uuid) == "running"
 
-    @pytest.mark.parametrize("hard", [True, False])
-    def test_reboot(self, world: World, hard: bool) -> None:
+    @pytest.mark.parametrize("timeout", [0, 30])
+    def test_off_and_on_is_a_new_boot(self, world: World, timeout: float) -> None:
         driver, instance = booted(world)
         token, _ = world.memory(world.a, instance.uuid)
-        driver.reboot(instance, RecordingJob(), hard=hard, timeout=30)
+        driver.power_off(instance, RecordingJob(), timeout=timeout)
+        driver.power_on(instance, RecordingJob())
         assert world.power(world.a, instance.uuid) == "running"
         assert world.memory(world.a, instance.uuid)[0] != token
-
-    def test_hard_reboot_of_a_guest_that_is_off(self, world: World) -> None:
-        driver, instance = booted(world)
-        driver.power_off(instance, RecordingJob())
-        driver.reboot(instance, RecordingJob(), hard=True)
-        assert world.power(world.a, instance.uuid) == "running"
 
     def test_suspend_and_resume_keep_memory(self, world: World) -> None:
         driver, instance = booted(world)
