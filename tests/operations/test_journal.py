@@ -10,9 +10,9 @@ def test_a_page_of_open_operations_is_not_filled_up_with_ended_ones(tmp_path):
     database = Database(tmp_path / "j", (SCHEMA,))
 
     def add(tx, number, state):
-        values = {"key": str(number), "digest": "", "uuid": str(number), "chain": str(number), "kind": "k",
-                  "args": "{}", "state": state, "phase": state}
-        journal.insert(tx, values)
+        names = dict.fromkeys(("key", "uuid", "chain"), str(number))
+        rest = {"derived_key": 0, "committed": 0, "digest": "", "kind": "k", "args": "{}"}
+        journal.insert(tx, {**names, **rest, "state": state, "phase": state})
 
     for number in range(5):
         database.write(lambda tx, n=number: add(tx, n, OperationState.DONE))
