@@ -80,7 +80,12 @@ class WorkerServer:
         self._problem: str | None = "not started"
 
     def start(self) -> None:
-        """Take up what the inbox holds, then listen. Returns at once; a broker that is down is waited for."""
+        """Take up what the inbox holds, then listen. Returns at once; a broker that is down is waited for.
+
+        :raises RuntimeError: it was started before; a server that was stopped is not started again.
+        """
+        if self._thread is not None:
+            raise RuntimeError("the server was started before")
         durable, reason = transports.durability(self._transport)
         LOG.log(logging.INFO if durable else logging.WARNING, "commands are %s: %s",
                 "durable" if durable else "NOT durable", reason)

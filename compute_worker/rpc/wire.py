@@ -189,7 +189,9 @@ def sendable(error: BaseException, host: str, method: str, request_id: str) -> e
             f"internal error in {method[:_LONGEST_ARGUMENT_NAME]}; see the log of host {host} for request {request_id}"
         )
     kwargs = {name: value for name, value in error.kwargs.items() if _is_plain(value)}
-    sent = type(error)(error.message, **kwargs)
+    # A class of another module could not be rebuilt at the caller: its nearest base can.
+    cls = next(cls for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+    sent: errors.ComputeError = cls(error.message, **kwargs)
     for hint in ("reschedulable", "retry_after"):
         if getattr(error, hint) != getattr(sent, hint):
             sent.kwargs[hint] = getattr(error, hint)

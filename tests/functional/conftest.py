@@ -14,8 +14,23 @@ import pytest
 
 from compute_worker.rpc.client import ComputeAPI
 from compute_worker.rpc.transport import get_transport
-from tests.lab.rabbit import BIN, Rabbit
+from tests.lab.rabbit import BIN, Permissions, Rabbit, User
 from tests.rpc.hosts import Host
+
+
+def worker_user(host: str) -> User:
+    """A broker's user with no more than the worker ``host`` needs (doc: RabbitMQ permissions)."""
+    own = rf"compute\.{host}|(compute_worker_fanout|reply)_{host}:compute-worker:[0-9]+"
+    exchanges = "compute_worker|compute_worker_fanout"
+    return User(
+        host,
+        f"secret-of-{host}",
+        Permissions(
+            configure=rf"^({own}|{exchanges}|compute_notifications\..*)$",
+            write=rf"^({own}|{exchanges}|compute_notifications\..*|amq\.default)$",
+            read=rf"^({own}|{exchanges})$",
+        ),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +41,9 @@ def rabbit() -> Iterator[Rabbit]:
             pytest.fail("RabbitMQ is not installed (rabbitmq-server)")
         pytest.skip("RabbitMQ is not installed (rabbitmq-server)")
     directory = Path(tempfile.mkdtemp(prefix="cwmq-"))
-    broker = Rabbit.local(directory)
+    broker = Rabbit.local(directory, tls=True)
     try:
-        broker.up()
+        broker.up([worker_user("alpha"), worker_user("beta")])
         yield broker
     finally:
         broker.down()

@@ -134,8 +134,10 @@ def test_a_broker_that_is_down_at_start_is_waited_for(rabbit: Rabbit, tmp_path: 
     with pytest.raises(errors.PeerUnavailable):
         ComputeAPI(transports.get_transport(rabbit.url()), retry=0).start_instance(ONE, host=name)
     rabbit.start()
-    with host:
-        assert ComputeAPI(transports.get_transport(rabbit.url())).start_instance(ONE, host=name).host == name
+    wait_for(lambda: host.server.connected, 30, "the worker to listen")
+    assert ComputeAPI(transports.get_transport(rabbit.url())).start_instance(ONE, host=name).host == name
+    assert host.server.stop(5)
+    host.database.close()
 
 
 def test_a_lost_connection_is_made_again(rabbit: Rabbit, tmp_path: Path, name: str) -> None:
@@ -285,9 +287,14 @@ def test_a_message_delivered_twice_is_accepted_once(host: Host, rabbit: Rabbit) 
     assert instances == [ONE, UUID.format(2)]
 
 
-@pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"[]", b'"x"', b"{}", b'{"oslo.version": "2.0"}', b"[" * 100_000,
-                                  b'{"oslo.version": "9.0", "oslo.message": "{}"}', b'{"_context_self": 1}',
-                                  b'{"oslo.version": "2.0", "oslo.message": "[]"}', b'{"method": {"a": 1}, "args": 3}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"\xff\xfe", b"[]", b'"x"', b"{}", b'{"oslo.version": "2.0"}', b"[" * 100_000, b'{"_context_self": 1}',
+        b'{"oslo.version": "9.0", "oslo.message": "{}"}', b'{"oslo.version": "2.0", "oslo.message": "[]"}',
+        b'{"method": {"a": 1}, "args": 3}',
+    ],
+)  # fmt: skip
 def test_bodies_that_are_no_message_do_no_harm(host: Host, rabbit: Rabbit, body: bytes) -> None:
     with bare(rabbit) as channel:
         key = f"compute.{host.name}"

@@ -198,6 +198,15 @@ def test_hints_set_on_an_error_are_sent() -> None:
     assert wire.sendable(error, "node1", "m", "r").kwargs == {"reschedulable": True, "retry_after": 7.0}
 
 
+def test_an_error_of_another_module_is_sent_as_what_callers_know() -> None:
+    class Private(errors.InstanceBusy):
+        retry_after = 9.0
+
+    sent = wire.sendable(Private("busy", instance="i"), "node1", "m", "r")
+    assert (type(sent), sent.message) == (errors.InstanceBusy, "busy")
+    assert sent.kwargs == {"instance": "i", "retry_after": 9.0}
+
+
 def test_unexpected_errors_say_where_to_look_and_nothing_else() -> None:
     sent = wire.sendable(KeyError("/etc/shadow", "hunter2"), "node1", "resize", "req-1")
     assert type(sent) is errors.ComputeError
