@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compute_worker import claims as claims_module
+from compute_worker import objects
 from compute_worker import store as store_module
 from compute_worker.claims import Claims
 from compute_worker.config import Settings
@@ -53,6 +54,7 @@ class ComputeManager:
     :param observer: sees every step (the kill harness).
     :param on_end: told kind, final state and seconds of every operation.
     :param on_commit: told the seconds of every journal commit.
+    :raises InvalidCommand: the host's name cannot be a worker's.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ComputeManager:
         on_end: Callable[[str, str, float], None] | None = None,
         on_commit: Callable[[float], None] | None = None,
     ) -> None:
+        objects.decode(settings.host, objects.HostName, "[compute] host")
         path = Path(settings.compute.state_path)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         schemas = (SCHEMA, store_module.SCHEMA, claims_module.SCHEMA)
