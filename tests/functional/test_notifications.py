@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,6 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.functional
 
 TOPIC = "cw_notifications"
-
-
-@pytest.fixture
-def rabbit() -> Iterator[Rabbit]:
-    with tempfile.TemporaryDirectory(prefix="cwn") as directory:
-        broker = Rabbit.local(Path(directory))
-        broker.up()
-        yield broker
-        broker.down()
 
 
 @pytest.fixture
@@ -65,6 +55,8 @@ def received(url: str, wanted: int) -> list[dict[str, Any]]:
 
 
 def test_none_is_lost_and_the_order_holds_when_the_broker_restarts(rabbit: Rabbit, outbox: Outbox) -> None:
+    if rabbit.process() is None:
+        rabbit.start()
     cfg.CONF([], project="compute-worker", default_config_files=[])
     set_defaults(cfg.CONF)
     transport = oslo_messaging.get_notification_transport(cfg.CONF, url=rabbit.url())
