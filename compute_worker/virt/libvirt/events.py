@@ -74,6 +74,11 @@ class LifecycleEvent(DomainEvent):
     kind: Lifecycle
     reason: str
 
+    @property
+    def died(self) -> bool:
+        """Whether its process ended by itself without shutting down: killed from outside, libvirt says ``failed``."""
+        return self.kind is Lifecycle.STOPPED and self.reason in ("failed", "crashed")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebootEvent(DomainEvent):

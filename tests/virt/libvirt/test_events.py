@@ -33,6 +33,20 @@ def test_lifecycle_in_words(event, detail, kind, reason):
 
 
 @pytest.mark.parametrize(
+    ("kind", "reason", "died"),
+    [
+        (Lifecycle.STOPPED, "failed", True),
+        (Lifecycle.STOPPED, "crashed", True),
+        (Lifecycle.STOPPED, "shutdown", False),
+        (Lifecycle.STOPPED, "destroyed", False),
+        (Lifecycle.CRASHED, "panicked", False),
+    ],
+)
+def test_a_process_that_died_is_told_from_one_that_was_ended(kind, reason, died):
+    assert LifecycleEvent(uuid="u", kind=kind, reason=reason).died is died
+
+
+@pytest.mark.parametrize(
     ("event_id", "args", "expected"),
     [
         (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, (), events.RebootEvent(uuid="u")),
