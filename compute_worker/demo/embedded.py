@@ -1,0 +1,99 @@
+"""The scenario's cell in one process: simulated hosts, the broker in memory, no root, nothing to install."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compute_worker.ctl.connect import Client
+from compute_worker.demo.cell import Guest
+from compute_worker.embedded import EmbeddedCell
+from compute_worker.objects import ImageMeta
+from compute_worker.virt.fake import FakeDriver
+from compute_worker.virt.simulated.faults import Stall
+from compute_worker.virt.simulated.host import SimulatedHost
+
+HOSTS = ("node1", "node2")
+LATENCY_SECONDS = 0.02
+SHUTDOWN_SECONDS = 0.3
+DOWNLOAD_RATE = 256 * 1024
+IMAGE_BYTES = 64 * 1024
+DISK_BYTES = 96 << 20
+CUT_IN = "define"
+PATIENCE_SECONDS = 10.0
+
+
+class EmbeddedDemo:
+    """See :class:`compute_worker.demo.cell.DemoCell`."""
+
+    title = "two simulated hosts in this process"
+    killing = "the worker died, as by SIGKILL: its memory is lost"
+    hosts = HOSTS
+    guest = Guest(
+        boot=r"^boot \w+$",
+        tick=r"^tick (\d+)$",
+        clean=r"^Power down$",
+        memory_mb=128,
+        patience=PATIENCE_SECONDS,
+        still=0.3,
+    )
+    kernel_image = ImageMeta(id="guest.qcow2", disk_format="qcow2", kernel_id="vmlinuz", ramdisk_id="initrd")
+    disk_image = ImageMeta(id="boot.qcow2", disk_format="qcow2")
+
+    def __init__(self, cell: EmbeddedCell) -> None:
+        self._cell = cell
+        self._stall: Stall | None = None
+        self._hosts: dict[str, SimulatedHost] = {}
+        for name in HOSTS:
+            self._tune(name)
+        self.client = Client(cell.api, cell.transport, cell.exchange, discover=5.0)
+
+    def _tune(self, name: str) -> None:
+        """Let it take its time, as a host does."""
+        driver = self._cell.workers[name].manager.core.driver
+        assert isinstance(driver, FakeDriver)
+        host = self._hosts[name] = driver.simulated
+        host.shutdown_seconds, host.rate = SHUTDOWN_SECONDS, DOWNLOAD_RATE
+
+    def arm(self, host: str, instance: str) -> None:
+        """The build will hang in a step until its worker dies."""
+        self._stall = self._hosts[host].faults.stall(CUT_IN, instance)
+
+    def until_under_way(self, host: str, operation: str) -> None:
+        """Until it hangs."""
+        assert self._stall is not None and self._stall.entered.wait(PATIENCE_SECONDS), "the build does not come so far"
+
+    def kill_worker(self, host: str) -> None:
+        """Its memory is lost; what it has written stays."""
+        self._cell.kill(host)
+
+    def start_worker(self, host: str) -> None:
+        """On the same directory."""
+        self._cell.start(host)
+        self._tune(host)
+
+    def leftovers(self) -> list[str]:
+        """What the simulated machines hold."""
+        return [f"{name}: {left.kind} {left.where}" for name, host in self._hosts.items() for left in host.leftovers()]
+
+
+def _qcow2(virtual_size: int, size: int) -> bytes:
+    """The beginning of a qcow2 image of version 3, as far as the simulated hosts look at it."""
+    head = b"QFI\xfb" + (3).to_bytes(4, "big") + bytes(16) + virtual_size.to_bytes(8, "big")
+    return head.ljust(size, b"\0")
+
+
+@contextmanager
+def embedded_demo() -> Iterator[EmbeddedDemo]:
+    """The cell, up; its directory is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="compute-worker-demo-") as directory:
+        images = Path(directory, "images")
+        images.mkdir()
+        for image in (EmbeddedDemo.kernel_image, EmbeddedDemo.disk_image):
+            (images / image.id).write_bytes(_qcow2(DISK_BYTES, IMAGE_BYTES))
+        for name in ("vmlinuz", "initrd"):
+            (images / name).write_bytes(name.encode().ljust(IMAGE_BYTES, b"\0"))
+        with EmbeddedCell(HOSTS, Path(directory), fake={"latency": LATENCY_SECONDS}) as cell:
+            yield EmbeddedDemo(cell)

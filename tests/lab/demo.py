@@ -1,0 +1,128 @@
+"""The scenario on a cell of two real hosts: `python -m tests.lab.demo`.
+
+Exit status: 0 every step was good, 1 one was not, 3 this machine cannot hold the cell.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from compute_worker.threads import use_threads
+from tests.lab import oracle
+from tests.lab.cell import Cell, interrupt_as_exit
+from tests.lab.guest_images import MEMORY_MIB, GuestImages, guest_images
+from tests.lab.rabbit import ADMINISTRATOR, broker_url
+from tests.lab.requirements import missing
+from tests.lab.settings import IMAGES_PATH
+from tests.waiting import wait_for
+
+use_threads()
+
+from compute_worker.cmd.demo import INSTEAD, embedded  # noqa: E402
+from compute_worker.ctl.connect import Client  # noqa: E402
+from compute_worker.ctl.output import Output  # noqa: E402
+from compute_worker.demo.cell import Guest  # noqa: E402
+from compute_worker.demo.scenario import SCENES  # noqa: E402
+from compute_worker.demo.stage import Stage, play  # noqa: E402
+from compute_worker.objects import ImageMeta  # noqa: E402
+from compute_worker.rpc.client import ComputeAPI  # noqa: E402
+from compute_worker.rpc.transport import get_transport  # noqa: E402
+from compute_worker.states import OperationState  # noqa: E402
+
+CANNOT = 3
+CONFIG = {"images": {"file_path": IMAGES_PATH}}
+
+
+class RealDemo:
+    """See `compute_worker.demo.cell.DemoCell`."""
+
+    title = "two real libvirt hosts in namespaces of this machine, and a RabbitMQ"
+    killing = "the worker was killed by SIGKILL"
+    guest = Guest(
+        boot=r"LAB: BOOT OK boots=\d+",
+        tick=r"LAB: tick (\d+) up=",
+        clean=r"LAB: CLEAN SHUTDOWN",
+        memory_mb=MEMORY_MIB,
+        patience=60.0,
+        still=2.5,
+    )
+
+    def __init__(self, cell: Cell, client: Client, images: GuestImages) -> None:
+        self._cell = cell
+        self.client = client
+        self.hosts = list(cell.nodes)
+        self.kernel_image = ImageMeta(
+            id=images.data_qcow2.name, disk_format="qcow2", kernel_id=images.kernel.name,
+            ramdisk_id=images.initrd.name,
+        )
+        self.disk_image = ImageMeta(id=images.boot_qcow2.name, disk_format="qcow2")
+
+    def arm(self, host: str, instance: str) -> None:
+        """A real build takes long enough: nothing has to hold it."""
+
+    def until_under_way(self, host: str, operation: str) -> None:
+        """Until a step of it has begun and another one has ended."""
+
+        def under_way() -> bool:
+            seen = self.client.api.get_operation(operation, host=host)
+            assert not seen.state.final, f"the build was {seen.state} before its worker could be killed"
+            return seen.state is OperationState.RUNNING and any(s.state == "done" for s in seen.steps)
+
+        wait_for(under_way, 30.0, "the build to be in the middle of its steps")
+
+    def kill_worker(self, host: str) -> None:
+        self._worker(host).kill()
+
+    def start_worker(self, host: str) -> None:
+        self._worker(host).start()
+        self._worker(host).wait_ready()
+
+    def leftovers(self) -> list[str]:
+        """What the oracle sees on the hosts."""
+        return [line for node in self._cell.nodes.values() for line in oracle.leftovers(node)]
+
+    def _worker(self, host: str):  # type: ignore[no-untyped-def]
+        return next(w for w in self._cell.workers if w.node.name == host)
+
+
+@contextmanager
+def real_demo(out: Output) -> Iterator[RealDemo]:
+    """The cell with its workers, up and answering; all of it is removed at the end."""
+    began = time.monotonic()
+    images = guest_images()
+    with Cell(nodes=2) as cell:
+        for path in (images.kernel, images.initrd, images.data_qcow2, images.boot_qcow2):
+            cell.add_image(path)
+        for worker in [cell.start_worker(name, CONFIG) for name in cell.nodes]:
+            worker.wait_ready()
+        relay = cell.relay()
+        transport = get_transport(broker_url("rabbit", ADMINISTRATOR, "127.0.0.1", relay.port, cell.rabbit.vhost))
+        try:
+            client = Client(ComputeAPI(transport, timeout=15.0, retry=1), transport, discover=5.0)
+            out.line(f"    up in {time.monotonic() - began:.1f} s: {', '.join(cell.nodes)}, RabbitMQ, two workers")
+            yield RealDemo(cell, client, images)
+        finally:
+            transport.cleanup()
+
+
+def main(arguments: Sequence[str]) -> int:
+    lacking = missing()
+    if lacking:
+        print(f"compute-worker-demo: two real hosts need {'; '.join(lacking)}", end="", file=sys.stderr)
+        if "--or-embedded" not in arguments:
+            print(file=sys.stderr)
+            return CANNOT
+        print(f"; {INSTEAD}", file=sys.stderr)
+        return embedded()
+    interrupt_as_exit()
+    out = Output()
+    out.line(f"compute-worker-demo: {RealDemo.title}")
+    with real_demo(out) as cell:
+        return 0 if play(Stage(cell, out), SCENES) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
