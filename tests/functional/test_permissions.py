@@ -18,14 +18,15 @@ from oslo_config import cfg
 from compute_worker.objects import Capacity, HostState
 from compute_worker.rpc.client import ComputeAPI
 from compute_worker.rpc.discovery import find_hosts
-from compute_worker.rpc.transport import GROUP, get_transport, set_defaults
+from compute_worker.rpc.transport import get_transport, set_defaults
 from compute_worker.telemetry.notifications import MessagingNotifier
 from tests.lab.rabbit import Rabbit, User
 from tests.rpc.hosts import UUID, Host
 
 pytestmark = pytest.mark.functional
 
-SCRIPT = Path(__file__).parents[2] / "etc" / "rabbitmq" / "host-permissions"
+SCRIPTS = Path(__file__).parents[2] / "etc" / "rabbitmq"
+SCRIPT = SCRIPTS / "host-permissions"
 NOTHING = Capacity(total=0, usable=0)
 
 
@@ -37,12 +38,19 @@ def users(rabbit: Rabbit) -> dict[str, User]:
     made = {name: User(f"compute-{name}", f"password-of-{name}") for name in ("perm1", "perm.2")}
     for name, user in made.items():
         rabbit.ctl("add_user", user.name, user.password)
-        printed = subprocess.run([SCRIPT, name, rabbit.vhost], capture_output=True, text=True, check=True).stdout
-        for line in printed.splitlines():
-            program, *arguments = shlex.split(line)
-            assert program == "rabbitmqctl"
-            rabbit.ctl(*arguments)
+        do_as_printed(rabbit, SCRIPT, name, rabbit.vhost)
+    made["caller"] = User("caller", "password-of-caller")
+    rabbit.ctl("add_user", "caller", "password-of-caller")
+    do_as_printed(rabbit, SCRIPTS / "caller-permissions", rabbit.vhost, "caller")
     return made
+
+
+def do_as_printed(rabbit: Rabbit, script: Path, *arguments: str) -> None:
+    printed = subprocess.run([script, *arguments], capture_output=True, text=True, check=True).stdout
+    for line in printed.splitlines():
+        program, *words = shlex.split(line)
+        assert program == "rabbitmqctl"
+        rabbit.ctl(*words)
 
 
 @pytest.fixture
@@ -53,29 +61,27 @@ def connect(rabbit: Rabbit, users: dict[str, User], tmp_path: Path) -> Iterator[
 
     cfg.CONF.register_opts(lockutils._opts, "oslo_concurrency")
     cfg.CONF.set_override("lock_path", str(tmp_path), "oslo_concurrency")
-    cfg.CONF.set_override("use_queue_manager", True, GROUP)
-    cfg.CONF.set_override("processname", "compute-worker", GROUP)
     opened = []
 
     def open_as(name: str) -> Any:
-        cfg.CONF.set_override("hostname", name, GROUP)
-        opened.append(get_transport(rabbit.url(users[name])))
+        named = f"?use_queue_manager=true&processname=compute-worker&hostname={name}"
+        opened.append(get_transport(rabbit.url(users[name]) + ("" if name == "caller" else named)))
         return opened[-1]
 
     yield open_as
     for transport in opened:
         transport.cleanup()
-    for option in ("use_queue_manager", "processname", "hostname"):
-        cfg.CONF.clear_override(option, GROUP)
     cfg.CONF.clear_override("lock_path", "oslo_concurrency")
 
 
-def test_it_is_enough_for_a_workers_work(
-    rabbit: Rabbit, connect: Callable[[str], Any], tmp_path: Path, transport: Any
+def test_it_is_enough_for_the_work_of_workers_and_callers(
+    rabbit: Rabbit, users: dict[str, User], connect: Callable[[str], Any], tmp_path: Path
 ) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    as_one, caller = connect("perm1"), ComputeAPI(transport)
+    as_one = connect("perm1")
+    transport = connect("caller")
+    caller = ComputeAPI(transport)
     with Host(as_one, tmp_path / "one", "perm1") as one:
         peers = ComputeAPI(as_one)
         state = HostState(host="perm1", vcpus=NOTHING, memory_mb=NOTHING, disk_gb=NOTHING)
@@ -89,6 +95,10 @@ def test_it_is_enough_for_a_workers_work(
         notifier = MessagingNotifier(sending, "perm1", "compute_notifications")
         notifier.send("m", "host.state", "INFO", {}, 0.0)
         notifier.close()
+    with kombu.Connection(rabbit.url(users["caller"]).replace("rabbit://", "amqp://")) as connection:
+        assert connection.default_channel.basic_get("compute_notifications.info", no_ack=True) is not None
+        with pytest.raises(AccessRefused):
+            connection.default_channel.basic_get("compute.perm1")
 
 
 FORBIDDEN: dict[str, Callable[[Any], Any]] = {
