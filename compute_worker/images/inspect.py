@@ -126,12 +126,23 @@ def _check(found: Any, source: BinaryIO, image_id: str, declared: str) -> Inspec
     head = source.read(SECTOR_BYTES)
     if declared == "qcow2" and struct.unpack(">I", head[32:36])[0]:
         raise errors.ImageUnacceptable(image=image_id, reason="it is encrypted")
+    if declared == "qcow2" and not _tables_are_there(head, source.seek(0, 2)):
+        raise errors.ImageUnacceptable(image=image_id, reason="it is cut short: its tables are missing")
     if declared == "vmdk" and not head.startswith(b"KDMV"):
         raise errors.ImageUnacceptable(image=image_id, reason="it is a VMDK descriptor that names other files")
     if size <= 0:
         # Of a VMDK this also means that qemu would look for its extents in the descriptor.
         raise errors.ImageUnacceptable(image=image_id, reason="its header says that the disk has no size")
     return Inspection(declared, size)
+
+
+def _tables_are_there(head: bytes, size: int) -> bool:
+    """Whether the L1 and refcount tables of a qcow2 lie within the file. Beyond its end qemu would read zeros: a disk
+    with nothing on it."""
+    cluster_bits, _, _, l1_size, l1_offset, refcounts_offset, clusters = struct.unpack(">IQIIQQI", head[20:60])
+    if not 9 <= cluster_bits <= 21:
+        return False
+    return bool(l1_offset + 8 * l1_size <= size and refcounts_offset + clusters * (1 << cluster_bits) <= size)
 
 
 def _unreadable(image_id: str, exc: Exception) -> errors.ImageUnacceptable:

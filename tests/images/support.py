@@ -146,7 +146,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, status: int, headers: dict[str, str], data: bytes, body: bool = True) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         if not body:
             return

@@ -70,7 +70,7 @@ def test_unknown_group_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "shared"),
-    [("ext4", False), ("tmpfs", False), ("nfs4", True), ("ceph", True), ("fuse.glusterfs", True), ("fuse.sshfs", False)],
+    [("ext4", False), ("tmpfs", False), ("nfs4", True), ("ceph", True), ("fuse.glusterfs", True), ("fuse.x", False)],
 )
 def test_shared_storage_is_known_by_the_deepest_mount(tmp_path: Path, kind: str, shared: bool) -> None:
     here = str(tmp_path.resolve()).replace(" ", r"\040")

@@ -58,7 +58,8 @@ def test_other_processes_are_excluded_and_death_lets_go(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom compute_worker.images.locks import NamedLocks\n"
         "from compute_worker.virt.driver import NullJob\n"
-        "with NamedLocks(Path(sys.argv[1])).hold('base', NullJob()):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "with NamedLocks(Path(sys.argv[1])).hold('base', NullJob()):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

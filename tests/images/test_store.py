@@ -32,7 +32,7 @@ def test_stores_come_by_name_once_and_the_default_is_configured(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("nosuch", "no such entry point"), ("http", "http_url"), ("glance", "glance_url"), ("../x", "no such entry point")],
+    [("nosuch", "no such entry"), ("http", "http_url"), ("glance", "glance_url"), ("../x", "no such entry")],
 )
 def test_a_store_that_is_not_there_is_refused(name: str, says: str) -> None:
     with pytest.raises(errors.NotSupported, match=says):
