@@ -57,7 +57,6 @@ def embedded() -> int:
     use_threads()
     # The workers run in this process: what they log is not what the demo shows.
     logging.getLogger().setLevel(logging.CRITICAL)
-    logging.getLogger("oslo").setLevel(logging.CRITICAL)
     from compute_worker.ctl.output import Output
     from compute_worker.demo.embedded import embedded_demo
     from compute_worker.demo.scenario import SCENES

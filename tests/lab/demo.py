@@ -5,6 +5,7 @@ Exit status: 0 every step was good, 1 one was not, 3 this machine cannot hold th
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"; {INSTEAD}", file=sys.stderr)
         return embedded()
     interrupt_as_exit()
+    # What kombu and oslo.messaging log in this process is not what the demo shows.
+    logging.getLogger().setLevel(logging.CRITICAL)
     out = Output()
     out.line(f"compute-worker-demo: {RealDemo.title}")
     with real_demo(out) as cell:
