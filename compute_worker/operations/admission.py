@@ -31,6 +31,7 @@ class Admission:
         self._ready: dict[str, deque[Ticket]] = {}
         self._running: dict[int, Ticket] = {}
         self._count: Counter[str] = Counter()
+        self._urgent: set[int] = set()
         self._waiting = 0
 
     def add(self, ticket: Ticket) -> list[Ticket]:
@@ -41,33 +42,56 @@ class Admission:
             line.append(ticket)
             if len(line) > 1:
                 return []
-        self._ready.setdefault(ticket.limit, deque()).append(ticket)
-        return self._start(ticket.limit)
+        return self._admit(ticket)
+
+    def expedite(self, id_: int) -> list[Ticket]:
+        """A waiting ticket that shall only end (it was cancelled): it waits for its instance's line and no limit.
+
+        Returns what may start now. Ends well when the ticket runs already.
+        """
+        if id_ in self._running:
+            return []
+        self._urgent.add(id_)
+        for ready in self._ready.values():
+            for ticket in ready:
+                if ticket.id == id_:
+                    ready.remove(ticket)
+                    return [self._run(ticket)]
+        return []
 
     def done(self, id_: int) -> list[Ticket]:
         """A running ticket ended. Returns what may start now."""
         ticket = self._running.pop(id_)
         self._count[ticket.limit] -= 1
-        touched = {ticket.limit}
+        self._urgent.discard(id_)
+        started = []
         if ticket.instance is not None:
             line = self._line[ticket.instance]
             line.popleft()
             if line:
-                self._ready.setdefault(line[0].limit, deque()).append(line[0])
-                touched.add(line[0].limit)
+                started = self._admit(line[0])
             else:
                 del self._line[ticket.instance]
-        return [started for limit in sorted(touched) for started in self._start(limit)]
+        return started + self._start(ticket.limit)
+
+    def _admit(self, ticket: Ticket) -> list[Ticket]:
+        """The ticket is first in its line."""
+        if ticket.id in self._urgent:
+            return [self._run(ticket)]
+        self._ready.setdefault(ticket.limit, deque()).append(ticket)
+        return self._start(ticket.limit)
+
+    def _run(self, ticket: Ticket) -> Ticket:
+        self._running[ticket.id] = ticket
+        self._count[ticket.limit] += 1
+        self._waiting -= 1
+        return ticket
 
     def _start(self, limit: str) -> list[Ticket]:
         started = []
         ready = self._ready.get(limit, deque())
         while ready and self._count[limit] < self._limits.get(limit, len(ready) + self._count[limit]):
-            ticket = ready.popleft()
-            self._running[ticket.id] = ticket
-            self._count[limit] += 1
-            self._waiting -= 1
-            started.append(ticket)
+            started.append(self._run(ready.popleft()))
         return started
 
     @property

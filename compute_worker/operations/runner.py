@@ -101,11 +101,15 @@ class Runner:
                 self._launch(tickets)
 
     def cancel(self, row: int, preempted: bool = False) -> None:
-        """Ask a running operation to leave; the journal knows it already. One that waits sees it when it starts."""
+        """Ask an operation to leave; the journal knows it already. One that waits is started at once, to its end."""
         with self._lock:
             run = self._runs.get(row)
-        if run is not None:
-            run.cancel(preempted)
+        if run is None:
+            return
+        run.cancel(preempted)
+        with self._lock:
+            if row in self._runs and not self._stopping:
+                self._launch(self._admission.expedite(row))
 
     def wake(self, instance: str) -> None:
         """Make what waits for something about ``instance`` look again."""

@@ -149,6 +149,18 @@ def test_admission_limit_holds_and_order_is_kept(worker, world):
         worker.outcome(operation)
 
 
+def test_delete_of_what_waits_for_a_slot_does_not_wait_for_it(worker, world):
+    gate = hold(world, "one")
+    for _ in range(2):
+        worker.send(instance=str(uuid.uuid4()))
+    wait_for(lambda: worker.operations.counts() == (0, {"build": 2}), what="both slots to be taken")
+    waiting = worker.send().operation
+    wiping = worker.send("wipe").operation
+    assert worker.outcome(wiping).state is OperationState.DONE
+    assert worker.outcome(waiting).error["class"] == "Cancelled"
+    gate.set()
+
+
 def test_stop_leaves_the_rest_to_the_journal(tmp_path, world):
     hold(world, "two")
     worker = Worker(tmp_path / "j2", world)
