@@ -10,6 +10,11 @@ T = TypeVar("T")
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+def readable(text: str) -> str:
+    """``text`` with every character that XML 1.0 cannot hold replaced: for words of people, never for names."""
+    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 class Converter(Protocol[T]):
     """How a value looks as text. ``dump`` refuses what must not be written (``ValueError``)."""
 
