@@ -37,7 +37,7 @@ lint: ## ruff and mypy --strict
 
 docs: ## doc/build/html; a warning is an error
 	@tools/bootstrap docs
-	@$(BIN)/sphinx-build -q -W --keep-going -b html doc/source doc/build/html
+	@$(BIN)/sphinx-build -q -E -W --keep-going -b html doc/source doc/build/html
 	@echo "see doc/build/html/index.html"
 
 bench: ## every benchmark, one after the other
