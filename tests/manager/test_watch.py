@@ -1,0 +1,196 @@
+"""What happens outside any operation: crashes, host reboots, a lost journal, a hypervisor that goes and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import pytest
+
+from compute_worker import errors
+from compute_worker.objects import ExternalEvent
+from compute_worker.states import OperationState, PowerState, VmState
+from tests.manager.machine import VIF, Machine, make_instance, quiet_deaths
+from tests.waiting import wait_for
+
+UUID = make_instance().uuid
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    quiet_deaths(monkeypatch)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    machine = Machine(tmp_path, sync_power_state_interval=600.0)
+    yield machine
+    machine.close()
+
+
+def boot(machine, number=1, **changes):
+    instance = make_instance(number, **changes)
+    assert machine.do("build_and_run_instance", instance).state is OperationState.DONE
+    machine.settle(instance.uuid)
+    return instance.uuid
+
+
+def told(machine, event):
+    return [n.payload for n in machine.notifications() if n.event_type == event]
+
+
+def test_guest_that_crashed_is_recorded_and_told_and_can_be_started(machine):
+    boot(machine)
+    machine.host.guest_crash(UUID)
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.ERROR, what="the crash on record")
+    assert "crashed" in machine.instance(UUID).fault
+    assert [p["state"] for p in told(machine, "instance.power_state")] == ["error"]
+    assert machine.host.effects[UUID, "boot"] == 1, "the comparison changes records, never guests"
+    assert machine.do("start_instance", UUID).state is OperationState.DONE
+    assert machine.instance(UUID).vm_state is VmState.ACTIVE and machine.instance(UUID).fault is None
+
+
+def test_guest_that_shut_itself_down_is_stopped(machine):
+    boot(machine)
+    machine.host.guest_shutdown(UUID)
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.STOPPED, what="the shutdown on record")
+    assert machine.do("start_instance", UUID).state is OperationState.DONE
+
+
+def test_host_reboot_starts_what_ran_and_nothing_else(machine):
+    boot(machine)
+    stopped = boot(machine, 2, vifs=[])
+    machine.do("stop_instance", stopped)
+    suspended = boot(machine, 3, vifs=[])
+    machine.do("suspend_instance", suspended)
+    machine.host.power_failure()
+    machine.kill()
+    machine.host.power_restore()
+    machine.restart()
+    wait_for(lambda: machine.host.running(UUID), what="the guest to be started again")
+    machine.settle(UUID)
+    assert machine.host.power_of(stopped) is PowerState.SHUTDOWN
+    assert machine.instance(suspended).vm_state is VmState.SUSPENDED
+    assert machine.host.cell.violations == []
+
+
+def test_restart_of_the_worker_alone_starts_nothing(machine):
+    boot(machine)
+    machine.kill()
+    machine.host.guest_crash(UUID)
+    machine.restart()
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.ERROR, what="the crash on record")
+    assert machine.host.effects[UUID, "boot"] == 1
+
+
+def test_resume_guests_can_be_turned_off(tmp_path):
+    machine = Machine(tmp_path, resume_guests_state_on_host_boot=False)
+    boot(machine)
+    machine.host.power_failure()
+    machine.kill()
+    machine.host.power_restore()
+    machine.restart()
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.STOPPED, what="the record to follow")
+    assert machine.host.effects[UUID, "boot"] == 1
+    machine.close()
+
+
+def test_lost_journal_is_rebuilt_from_what_stands_beside_the_disks(machine):
+    boot(machine)
+    first = machine.worker.database.journal_id
+    machine.kill()
+    machine.bury()
+    for path in machine.worker.database.path.parent.glob("journal.sqlite*"):
+        path.unlink()
+    machine.start()
+    wait_for(lambda: machine.instance(UUID), what="the instance to be adopted")
+    assert machine.worker.database.journal_id != first
+    assert machine.instance(UUID).vm_state is VmState.ACTIVE
+    assert machine.worker.core.claims.usage()["memory_mb"].used == 128
+    assert machine.host.effects[UUID, "boot"] == 1
+    assert machine.do("terminate_instance", UUID).state is OperationState.DONE
+    assert machine.host.leftovers() == []
+
+
+def test_what_another_host_owns_is_left_alone(machine):
+    boot(machine)
+    machine.kill()
+    machine.bury()
+    for path in machine.worker.database.path.parent.glob("journal.sqlite*"):
+        path.unlink()
+    machine.settings = dataclasses.replace(
+        machine.settings, compute=dataclasses.replace(machine.settings.compute, host="node9")
+    )
+    machine.start()
+    machine.worker.watch.compared.wait(5)
+    assert machine.instance(UUID) is None
+    assert machine.host.running(UUID)
+
+
+def test_leftovers_of_a_deleted_instance_are_removed_at_start(machine):
+    boot(machine)
+    machine.kill()
+    machine.restart()
+    store, database = machine.worker.core.store, machine.worker.database
+    database.write(lambda tx: (store.bury(tx, UUID), store.remove(tx, UUID)))
+    machine.kill()
+    machine.restart()
+    wait_for(lambda: machine.host.leftovers() == [], what="the leftovers to go")
+
+
+def test_hypervisor_that_is_down_at_start_is_waited_for(tmp_path):
+    machine = Machine(tmp_path)
+    machine.kill()
+    machine.host.hypervisor_down()
+    machine.restart()
+    with pytest.raises(errors.HypervisorUnavailable):
+        machine.worker.core.driver.list_instances()
+    machine.host.hypervisor_restart()
+    machine.worker.watch.compared.wait(10)
+    assert machine.worker.watch.compared.is_set()
+    boot(machine)
+    machine.close()
+
+
+def test_external_pause_and_resume_are_followed(machine):
+    boot(machine)
+    machine.driver.pause(make_instance())
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.PAUSED, what="the pause on record")
+    machine.driver.unpause(make_instance())
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.ACTIVE, what="the resume on record")
+
+
+def waiting_vif():
+    vif = make_instance().vifs[0]
+    return [msgspec.structs.replace(vif, wait_for_plug=True)]
+
+
+def test_guest_waits_paused_until_its_interface_is_plugged(machine):
+    operation = machine.send("build_and_run_instance", make_instance(vifs=waiting_vif()))
+    wait_for(lambda: machine.worker.operations.get(operation).phase == "wait_for_vifs", what="the wait to begin")
+    assert machine.host.power_of(UUID) is PowerState.PAUSED
+    machine.send("external_instance_event", UUID, [ExternalEvent(name="network-vif-plugged", tag=VIF)])
+    assert machine.outcome(operation, 5).state is OperationState.DONE
+    assert machine.host.running(UUID)
+
+
+@pytest.mark.parametrize("status", ["failed", None])
+def test_interface_that_is_not_plugged_undoes_the_build(tmp_path, status):
+    machine = Machine(tmp_path, vif_plugging_timeout=0.5 if status is None else 30.0)
+    operation = machine.send("build_and_run_instance", make_instance(vifs=waiting_vif()))
+    if status:
+        wait_for(lambda: machine.worker.operations.get(operation).phase == "wait_for_vifs", what="the wait to begin")
+        event = ExternalEvent(name="network-vif-plugged", tag=VIF, status=status)
+        machine.send("external_instance_event", UUID, [event])
+    ended = machine.outcome(operation, 10)
+    assert ended.error["class"] == "VifPlugTimeout" and ended.error["reschedulable"]
+    assert machine.host.leftovers() == []
+    machine.close()
+
+
+def test_missing_plug_event_is_tolerated_where_it_is_not_fatal(tmp_path):
+    machine = Machine(tmp_path, vif_plugging_timeout=0.3, vif_plugging_is_fatal=False)
+    done = machine.do("build_and_run_instance", make_instance(vifs=waiting_vif()))
+    assert done.state is OperationState.DONE
+    assert "is off" in next(s.reason for s in done.steps if s.name == "wait_for_vifs")
+    machine.close()
