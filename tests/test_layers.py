@@ -13,7 +13,7 @@ PACKAGE = "compute_worker"
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 each_module = pytest.mark.parametrize("path", MODULES, ids=[str(m.relative_to(ROOT)) for m in MODULES])
 
-PROGRAMS = {"cmd", "ctl", "worker", "embedded"}
+PROGRAMS = {"cmd", "ctl", "demo", "worker", "embedded"}
 FORBIDDEN = {
     "virt": {"manager", "rpc", "operations", "store", "claims", "telemetry"} | PROGRAMS,
     "operations": {"virt", "manager", "rpc", "images", "network", "store", "claims"} | PROGRAMS,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import random
 import uuid
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ T = TypeVar("T")
 
 LARGEST_FILE = 65_536
 """Bytes of all injected files together, as base64, that a worker takes."""
+_NAMESPACE = uuid.UUID("0d3c1f6e-7d3b-4b43-9a55-6c0f2b8d7e11")
 _VIF_FIELDS = frozenset({"id", "mac", "bridge", "model", "mtu", "devname", "wait"})
 
 
@@ -28,16 +28,17 @@ def instance_of(args: argparse.Namespace) -> Instance:
 
     :raises UsageError: naming the option and what is wrong with it.
     """
+    uuid_ = args.uuid or str(uuid.uuid4())
     ephemerals = [ephemeral_of(text) for text in args.ephemeral]
     flavor = flavor_of(args.flavor, args.swap, sum(disk.size_gb for disk in ephemerals))
     return _made(
         Instance,
         "boot",
-        uuid=args.uuid or str(uuid.uuid4()),
+        uuid=uuid_,
         name=args.name,
         flavor=flavor,
         image=image_of(args),
-        vifs=[vif_of(text) for text in args.vif],
+        vifs=[vif_of(text, f"{uuid_}/{number}") for number, text in enumerate(args.vif)],
         block_device_info=BlockDeviceInfo(ephemerals=ephemerals),
         config_drive=args.config_drive or bool(args.file),
         hostname=args.hostname,
@@ -96,10 +97,10 @@ def ephemeral_of(text: str) -> EphemeralDisk:
     return _made(EphemeralDisk, "--ephemeral", size_gb=int(size), guest_format=fmt or None)
 
 
-def vif_of(text: str) -> Vif:
+def vif_of(text: str, whose: str) -> Vif:
     """``bridge=br0,mac=52:54:00:12:34:56``: also ``id``, ``model``, ``mtu``, ``devname``; ``wait`` for the plug event.
 
-    Whatever is left out is made up (id, mac) or the worker's default.
+    Id and mac, where they are left out, follow from ``whose``: the same command repeated is the same command.
     """
     pairs = dict(_pair("--vif", part) if "=" in part else (part, "true") for part in text.split(",") if part)
     unknown = pairs.keys() - _VIF_FIELDS
@@ -108,7 +109,8 @@ def vif_of(text: str) -> Vif:
     wait = pairs.pop("wait", "false")
     if wait not in ("true", "false"):
         raise UsageError(f"--vif wait={safe(wait)}: true or false")
-    fields: dict[str, Any] = {"id": str(uuid.uuid4()), "mac": random_mac(), **pairs, "wait_for_plug": wait == "true"}
+    made_up = uuid.uuid5(_NAMESPACE, whose)
+    fields: dict[str, Any] = {"id": str(made_up), "mac": mac_of(made_up), **pairs, "wait_for_plug": wait == "true"}
     if "mtu" in fields:
         if not fields["mtu"].isdigit():
             raise UsageError(f"--vif mtu={safe(fields['mtu'])}: give a number of bytes")
@@ -116,9 +118,9 @@ def vif_of(text: str) -> Vif:
     return checked(fields, Vif, "--vif")
 
 
-def random_mac() -> str:
+def mac_of(vif: uuid.UUID) -> str:
     """A MAC address of QEMU's range."""
-    return "52:54:00:" + ":".join(f"{random.randrange(256):02x}" for _ in range(3))
+    return "52:54:00:" + vif.bytes[:3].hex(":")
 
 
 def injected_of(texts: list[str]) -> list[InjectedFile]:

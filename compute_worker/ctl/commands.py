@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from compute_worker import errors
 from compute_worker.ctl import bootargs, placement
-from compute_worker.ctl.context import Ctl
+from compute_worker.ctl.context import Ctl, Send
 from compute_worker.ctl.exits import Exit, NobodyAnswers, UsageError
 from compute_worker.ctl.find import find_operation
 from compute_worker.errors import ComputeError, InvalidCommand
@@ -35,23 +35,23 @@ def boot(ctl: Ctl) -> Exit:
         if not hosts:
             reasons = "; ".join(f"{host}: {reason}" for host, reason in left_out.items())
             raise errors.Unschedulable(f"no host can take it: {reasons}")
-    accepted = _first_that_takes_it(ctl, hosts, send, options)
+    accepted = _first_that_takes_it(ctl, hosts, send, options, f" --uuid {instance.uuid}")
     about = f"boot of {instance.name or 'instance'} {instance.uuid}"
     return ctl.finish(accepted, about, lambda: {"instance": instance.uuid, "host": accepted.host})
 
 
 def _first_that_takes_it(
-    ctl: Ctl, hosts: list[str], send: Callable[[str, CommandOptions], Accepted], options: CommandOptions
+    ctl: Ctl, hosts: list[str], send: Send, options: CommandOptions, again: str
 ) -> Accepted:
     """Only a clear no leads to the next host: after silence the first may have it, and two would run."""
     for host in hosts[:-1]:
         try:
-            return ctl.send(host, send, options)
+            return ctl.send(host, send, options, again)
         except ComputeError as exc:
             if not (exc.reschedulable and isinstance(exc, errors.Refused)):
                 raise
             ctl.out.note(f"host {host} does not take it: {exc.message}")
-    return ctl.send(hosts[-1], send, options)
+    return ctl.send(hosts[-1], send, options, again)
 
 
 def _simple(method: str, word: str) -> Callable[[Ctl], Exit]:

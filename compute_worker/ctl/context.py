@@ -56,9 +56,10 @@ class Ctl:
             "check_only": self.args.check_only,
         }
 
-    def send(self, host: str, send: Send, options: CommandOptions) -> Accepted:
+    def send(self, host: str, send: Send, options: CommandOptions, again: str = "") -> Accepted:
         """Send a command, to wherever its instance is. No answer: once more, which does nothing twice.
 
+        :param again: what else the command line needs so that it is the same command when an operator repeats it.
         :raises PeerUnavailable: no answer; says how to repeat it.
         """
         hops = attempts = 0
@@ -76,7 +77,7 @@ class Ctl:
                 if attempts >= ATTEMPTS:
                     raise errors.PeerUnavailable(
                         f"{exc.message}; whether the command was accepted is not known: repeat it with"
-                        f" --host {host} --operation {options['operation']}, and it is done once",
+                        f" --host {host} --operation {options['operation']}{again}, and it is done once",
                         host=host,
                     ) from None
 

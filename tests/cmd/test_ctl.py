@@ -112,7 +112,25 @@ def test_boot_does_not_try_another_host_after_silence(cell: CtlCell, monkeypatch
     result = cell.ctl("boot", "quiet", "--flavor", "1/64/1", "--image", IMAGE, "--disk-format", "raw")
     assert result.code == 4
     assert len(asked) == 2 and len(set(asked)) == 1, "the same host and operation, twice"
-    assert f"--host {asked[0][0]} --operation {asked[0][1]}" in result.err
+    assert f"--host {asked[0][0]} --operation {asked[0][1]} --uuid " in result.err
+
+
+def test_repeating_a_boot_as_it_says_makes_no_second_instance(cell: CtlCell, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cell.api.build_and_run_instance
+
+    def answer_is_lost(*args: Any, host: str, **options: Any) -> Any:
+        real(*args, host=host, **options)
+        raise errors.PeerUnavailable(host=host)
+
+    boot = ("boot", "one", "--flavor", "1/64/1", "--image", IMAGE, "--disk-format", "raw", "--vif", "bridge=br0")
+    monkeypatch.setattr(cell.api, "build_and_run_instance", answer_is_lost)
+    said = cell.ctl(*boot, "--json").document["error"]["message"]
+    monkeypatch.undo()
+    advised = said[said.index("--host") : said.index(", and it is done once")].split()
+    document = cell.ctl(*boot, *advised, "--json").document
+    assert document["accepted"]["repeated"] and document["operation"]["state"] == "done"
+    named = [i for i in cell.ctl("list", "--json").document["instances"] if i["name"] == "one"]
+    assert [i["uuid"] for i in named] == [document["instance"]]
 
 
 def test_boot_that_fits_nowhere(cell: CtlCell) -> None:

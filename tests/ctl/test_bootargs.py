@@ -47,16 +47,26 @@ def test_an_ephemeral_that_cannot_be(text: str) -> None:
 
 
 def test_vif() -> None:
-    vif = bootargs.vif_of("bridge=br0,mac=52:54:00:aa:bb:cc,mtu=9000,wait")
+    vif = bootargs.vif_of("bridge=br0,mac=52:54:00:aa:bb:cc,mtu=9000,wait", "x")
     assert (vif.bridge, vif.mac, vif.mtu, vif.wait_for_plug) == ("br0", "52:54:00:aa:bb:cc", 9000, True)
-    made_up = bootargs.vif_of("bridge=br0")
+    made_up = bootargs.vif_of("bridge=br0", "x")
     assert isinstance(made_up, Vif) and made_up.mac.startswith("52:54:00:") and not made_up.wait_for_plug
 
 
 @pytest.mark.parametrize("text", ["color=red", "bridge=../x", "mac=1", "mtu=big", "wait=maybe", "bridge=br0,=x"])
 def test_a_vif_that_cannot_be(text: str) -> None:
     with pytest.raises(UsageError, match="--vif"):
-        bootargs.vif_of(text)
+        bootargs.vif_of(text, "x")
+
+
+def test_the_same_command_line_with_a_uuid_is_the_same_command() -> None:
+    vifs = ("--vif", "bridge=br0") * 2
+    argv = ("--image", "x", *vifs, "--uuid", "00000000-0000-4000-8000-00000000000a")
+    once, again = instance(*argv), instance(*argv)
+    assert once == again
+    assert once.vifs[0].id != once.vifs[1].id and once.vifs[0].mac != once.vifs[1].mac
+    other = instance(*argv[:-1], "00000000-0000-4000-8000-00000000000b")
+    assert other.vifs[0].id != once.vifs[0].id
 
 
 def test_files_turn_the_config_drive_on(tmp_path: Path) -> None:
