@@ -13,6 +13,7 @@ from compute_worker.manager.service import ComputeManager
 from compute_worker.messages import Context
 from compute_worker.objects import HostState
 from compute_worker.operations.executor import Observer
+from compute_worker.rpc import wire
 from compute_worker.rpc.client import ComputeAPI
 from compute_worker.rpc.server import WorkerServer
 from compute_worker.virt.driver import ComputeDriver
@@ -93,10 +94,9 @@ class Worker:
         return found
 
     def _on_refused(self, context: Context, method: str, args: Any, error: errors.ComputeError) -> None:
-        instance = args.get("instance") if isinstance(args, dict) else None
-        if isinstance(instance, dict):
-            instance = instance.get("uuid")
-        self.manager.on_refused(context, method, instance if isinstance(instance, str) else None, error)
+        self.manager.on_refused(
+            context, method, wire.uuid_in(args, "instance"), error, wire.uuid_in(args, "operation")
+        )
 
 
 def load_driver(settings: Settings) -> ComputeDriver:

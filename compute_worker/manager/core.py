@@ -63,6 +63,7 @@ def accept(
     *,
     instance: str | None = None,
     args: dict[str, Any] | None = None,
+    message: str | None = None,
 ) -> Accepted:
     """Accept one command: everything an endpoint method does after it has looked at its arguments."""
     command = Command(
@@ -70,6 +71,7 @@ def accept(
         context=context,
         instance=instance,
         args=args or {},
+        message=message,
         operation=wish.operation,
         expires_at=wish.expires_at,
         check_only=wish.check_only,

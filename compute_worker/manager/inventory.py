@@ -9,7 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from compute_worker import errors
+from compute_worker import errors, objects
 from compute_worker.manager.core import Core, Wish, accept
 from compute_worker.manager.hostswitch import HostSwitch
 from compute_worker.manager.lifecycle import Expiry
@@ -154,7 +154,7 @@ class InventoryEndpoint:
             return True
 
         wish = Wish(operation, expires_at, check_only)
-        answer = self._accept(context, "external_instance_event", wish, admit, instance)
+        answer = self._accept(context, "external_instance_event", wish, admit, instance, events=objects.encode(events))
         self._operations.wake(instance)
         return answer
 
@@ -174,7 +174,8 @@ class InventoryEndpoint:
             rows.extend(self._operations.cancel(tx, cancel))
             return True
 
-        answer = self._accept(context, "cancel_operation", Wish(operation, expires_at, check_only), admit)
+        wish = Wish(operation, expires_at, check_only)
+        answer = self._accept(context, "cancel_operation", wish, admit, cancel=cancel)
         if not check_only:
             self._operations.interrupt(rows)
         return answer
@@ -194,7 +195,7 @@ class InventoryEndpoint:
             self._switch.disable(tx, reason)
             return True
 
-        return self._accept(context, "disable_host", Wish(operation, expires_at, check_only), admit)
+        return self._accept(context, "disable_host", Wish(operation, expires_at, check_only), admit, reason=reason)
 
     @command
     def enable_host(
@@ -213,9 +214,15 @@ class InventoryEndpoint:
         return self._accept(context, "enable_host", Wish(operation, expires_at, check_only), admit)
 
     def _accept(
-        self, context: Context, kind: str, wish: Wish, admit: Callable[[Tx], bool], instance: str | None = None
+        self,
+        context: Context,
+        kind: str,
+        wish: Wish,
+        admit: Callable[[Tx], bool],
+        instance: str | None = None,
+        **args: object,
     ) -> Accepted:
-        return accept(self._operations, context, kind, wish, admit, instance=instance)
+        return accept(self._operations, context, kind, wish, admit, instance=instance, args=args)
 
 
 def printable(raw: bytes) -> str:

@@ -62,7 +62,7 @@ class LifecycleEndpoint:
             "injected_files": objects.encode(injected_files),
             "admin_password": admin_password,
         }
-        wish = Wish(operation, expires_at or default, check_only)
+        wish = Wish(operation, default if expires_at is None else expires_at, check_only)
         return accept(
             self._operations, context, "build_and_run_instance", wish, admit, instance=instance.uuid, args=args
         )
@@ -142,6 +142,7 @@ class LifecycleEndpoint:
             kind,
             instance,
             Wish(operation, expires_at, check_only),
+            message="reboot_instance",
             timeout=options.soft_reboot_timeout if reboot_type == "SOFT" else 0.0,
             retry_interval=options.shutdown_retry_interval,
         )
@@ -194,7 +195,16 @@ class LifecycleEndpoint:
         """Start a suspended guest from its saved memory."""
         return self._power(context, "resume_instance", instance, Wish(operation, expires_at, check_only))
 
-    def _power(self, context: Context, kind: str, instance: str, wish: Wish, **args: float) -> Accepted:
+    def _power(
+        self,
+        context: Context,
+        kind: str,
+        instance: str,
+        wish: Wish,
+        *,
+        message: str | None = None,
+        **args: float,
+    ) -> Accepted:
         return accept(
             self._operations,
             context,
@@ -203,4 +213,5 @@ class LifecycleEndpoint:
             lambda tx: power.admit(self._core, tx, instance, kind),
             instance=instance,
             args=args,
+            message=message,
         )

@@ -101,9 +101,16 @@ class ComputeManager:
         """What the RPC server is handed."""
         return [self.lifecycle, self.inventory]
 
-    def on_refused(self, context: Context, method: str, instance: str | None, error: ComputeError) -> None:
+    def on_refused(
+        self,
+        context: Context,
+        method: str,
+        instance: str | None,
+        error: ComputeError,
+        operation: str | None = None,
+    ) -> None:
         """What the RPC server tells of a cast that was refused: recorded and notified."""
-        self.operations.refuse(context, method, instance, error)
+        self.operations.refuse(context, method, instance, error, operation)
 
     def start(self) -> None:
         """Open the hypervisor, compare, and go on with every open operation. Commands may come when this returns.

@@ -110,6 +110,40 @@ def insert(tx: Tx, entry: Mapping[str, Any]) -> int:
     return int(tx.execute(f"INSERT INTO operations ({names}) VALUES ({marks})", values).lastrowid or 0)
 
 
+def insert_refused(
+    tx: Tx,
+    message_id: str,
+    uuid: str,
+    kind: str,
+    instance: str | None,
+    request_id: str | None,
+    error: Mapping[str, Any],
+) -> int | None:
+    """A cast that was refused; returns its row id, ``None`` when this message was recorded before."""
+    key = f"refused/{message_id}"
+    if by_key(tx, key) is not None:
+        return None
+    state = OperationState.REFUSED
+    return insert(
+        tx,
+        {
+            "key": key,
+            "derived_key": True,
+            "digest": "",
+            "uuid": uuid,
+            "chain": uuid,
+            "kind": kind,
+            "instance": instance,
+            "args": "{}",
+            "state": state,
+            "committed": False,
+            "phase": state.value,
+            "request_id": request_id,
+            "error": json.dumps(error),
+        },
+    )
+
+
 def update(tx: Tx, operation: int, **changes: Any) -> None:
     """Change columns of one operation; its ``seq`` and ``updated_at`` move on."""
     values = {**changes, "updated_at": time.time(), "seq": next_seq(tx), "id": operation}
@@ -167,8 +201,10 @@ def by_id(tx: Tx, operation: int) -> Entry:
 
 
 def by_uuid(tx: Tx, uuid: str) -> Entry | None:
-    """The newest operation of this uuid (a chain has one on each host for each message)."""
-    row = tx.execute("SELECT * FROM operations WHERE uuid = ? ORDER BY id DESC LIMIT 1", (uuid,)).fetchone()
+    """The newest operation of this uuid (a chain has one on each host for each message); one that was accepted before
+    one that was refused."""
+    sql = "SELECT * FROM operations WHERE uuid = ? ORDER BY state = 'refused', id DESC LIMIT 1"
+    row = tx.execute(sql, (uuid,)).fetchone()
     return _entry(row) if row else None
 
 

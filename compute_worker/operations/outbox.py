@@ -47,8 +47,11 @@ class Outbox:
         """Write a notification within ``tx``. Its sequence counts within the operation, else within the host."""
         uuid, sequence = None, 0
         if operation_row is not None:
+            # A uuid may have several rows (a chain's messages, a refusal and its repetition): one count for all.
             row = tx.execute(
-                "UPDATE operations SET notified = notified + 1 WHERE id = ? RETURNING uuid, notified", (operation_row,)
+                "UPDATE operations AS this SET notified = 1 + (SELECT max(notified) FROM operations AS every"
+                " WHERE every.uuid = this.uuid) WHERE id = ? RETURNING uuid, notified",
+                (operation_row,),
             ).fetchone()
             uuid, sequence = str(row[0]), int(row[1])
         now = time.time()

@@ -33,6 +33,7 @@ class Command:
     """What asks for an operation.
 
     :param args: plain JSON: what the steps need after a restart.
+    :param message: its message, where that has several kinds (a hard reboot): one key for all of them.
     :param operation: the caller's uuid; without it the key is derived from the message's own id.
     :param chain: whose lock it takes (a migration's uuid); its own otherwise.
     :param expires_at: seconds since the epoch after which it must not begin.
@@ -43,6 +44,7 @@ class Command:
     context: Context
     instance: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    message: str | None = None
     operation: str | None = None
     chain: str | None = None
     expires_at: float | None = None
@@ -200,20 +202,39 @@ class Operations:
             )
         return [e.id for e in holders if e.kind != kind.name]
 
-    def refuse(self, context: Context, method: str, instance: str | None, error: errors.ComputeError) -> None:
-        """Record that a cast was refused: nobody waits for the answer, so it is notified. Its inbox row goes too."""
+    def refuse(
+        self,
+        context: Context,
+        method: str,
+        instance: str | None,
+        error: errors.ComputeError,
+        operation: str | None = None,
+    ) -> None:
+        """Record that a cast was refused: nobody waits for the answer, so it is notified. Its inbox row goes too.
+
+        The record does not use up the command's key: the same command may be sent again. A message that the broker
+        delivers again is recorded once.
+
+        :param instance: the uuid it was about, if that is one.
+        :param operation: the caller's uuid for it, if that is one.
+        """
 
         def record(tx: Tx) -> None:
             if context.inbox is not None:
                 inbox.discard(tx, context.inbox)
+            said = error.to_dict()
+            about = (operation or str(uuid_module.uuid4()), method, instance, context.request_id)
+            row = journal.insert_refused(tx, context.message_id, *about, said)
+            if row is None:
+                return
             body = {
                 "instance": instance,
                 "kind": method,
                 "state": OperationState.REFUSED.value,
-                "error": error.to_dict(),
+                "error": said,
                 "request_id": context.request_id,
             }
-            self.outbox.add(tx, f"instance.{self._event(method)}.error", body, priority="ERROR")
+            self.outbox.add(tx, f"instance.{self._event(method)}.error", body, operation_row=row, priority="ERROR")
 
         self.database.write(record)
         self.outbox.ring()
@@ -231,7 +252,7 @@ class Operations:
         :raises InvalidState: it is past its COMMIT.
         """
         entry = journal.by_uuid(tx, uuid)
-        if entry is None:
+        if entry is None or entry.state is OperationState.REFUSED:
             journal.tombstone(tx, f"operation/{uuid}", "cancelled", time.time() + MAX_EXPIRY + self._key_retention)
             return []
         if entry.state.final or entry.state is OperationState.UNDOING:
@@ -311,9 +332,10 @@ class Operations:
 
 def _key(command: Command) -> tuple[str, bool]:
     """The command's key, and whether it was derived (``protocol.md`` 5)."""
+    message = command.message or command.kind
     if command.operation is not None:
-        return f"{command.instance}/{command.kind}/{command.operation}", False
-    return f"{command.instance}/{command.kind}/{command.context.message_id}", True
+        return f"{command.instance}/{message}/{command.operation}", False
+    return f"{command.instance}/{message}/{command.context.message_id}", True
 
 
 def _digest(args: Mapping[str, Any]) -> str:

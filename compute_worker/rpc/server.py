@@ -135,7 +135,7 @@ class WorkerServer:
             LOG.error("row %s of the inbox is not a message and is dropped", message_id)
             self._inbox.discard(message_id)
             return
-        LOG.info("message %s (%s) was not accepted before the last stop: taking it up", message_id, raw.get("method"))
+        LOG.info("message %s (%s) was not accepted before the last stop: taking it up", message_id, wire.method_of(raw))
         self._on_cast(message_id, raw, True)
 
     def _listen_until_stopped(self) -> None:
@@ -196,7 +196,7 @@ class WorkerServer:
 
     def _answer(self, incoming: Any, raw: dict[str, Any]) -> None:
         context = wire.context_of(incoming.ctxt, incoming.unique_id or incoming.msg_id, inbox=False)
-        method = str(raw.get("method"))
+        method = wire.method_of(raw)
         with (
             _about(context, raw.get("args")),
             _tracing.trace_receive(self._transport.conf, incoming),
@@ -228,14 +228,14 @@ class WorkerServer:
             except Exception as exc:
                 cast.attempts += 1
                 pause = RETRY_SECONDS[min(cast.attempts, len(RETRY_SECONDS)) - 1]
-                LOG.warning("%s is kept and tried again in %.1f s: %s", cast.raw.get("method"), pause, exc,
+                LOG.warning("%s is kept and tried again in %.1f s: %s", wire.method_of(cast.raw), pause, exc,
                             exc_info=not isinstance(exc, errors.ComputeError))
                 return pause if cast.kept else None
         return None
 
     def _try_to_accept(self, cast: _Cast, context: Context) -> None:
         """Do it, or refuse it for good; whatever this raises is a reason to try again."""
-        method = str(cast.raw.get("method"))
+        method = wire.method_of(cast.raw)
         if not cast.handled:
             try:
                 self._dispatcher.perform(cast.raw, context)

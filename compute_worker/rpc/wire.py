@@ -21,6 +21,7 @@ SIZE = "_size"
 """Key under which :func:`shrunk` notes how large a message was."""
 
 _WORD = re.compile(r"[A-Za-z0-9._:-]{1,255}\Z")
+_UUID = re.compile(objects.UUID_PATTERN)
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\Z")
 _SECRET = re.compile(r"pass|secret|token|user_data|injected_files|content_base64", re.IGNORECASE)
 _INT64 = 1 << 63
@@ -148,6 +149,20 @@ def instance_of(args: object) -> str | None:
     if isinstance(instance, dict):
         instance = instance.get("uuid")
     return instance if isinstance(instance, str) and len(instance) <= 64 else None
+
+
+def method_of(raw: Mapping[str, Any]) -> str:
+    """The name of the method that ``raw`` asks for, short and harmless in a log line, a record or a notification."""
+    method = str(raw.get("method"))[:_LONGEST_ARGUMENT_NAME]
+    return method if _WORD.match(method) else repr(method)
+
+
+def uuid_in(args: object, name: str) -> str | None:
+    """The uuid in argument ``name`` (or in the ``uuid`` of the object there), ``None`` unless it is one."""
+    value = args.get(name) if isinstance(args, dict) else None
+    if isinstance(value, dict):
+        value = value.get("uuid")
+    return value if isinstance(value, str) and _UUID.match(value) else None
 
 
 def operation_of(args: object) -> str | None:
