@@ -111,10 +111,13 @@ class Recovery:
         """
         boot_id = self._core.driver.get_available_resource().boot_id
         rebooted = bool(boot_id) and self._core.database.read(_last_boot) not in (None, boot_id)
+        before = {instance.uuid: instance.seq for instance in self._core.store.list()}
         guests = {guest.uuid: guest for guest in self._core.driver.list_instances()}
         busy = {e.instance for e in self._core.database.read(journal.open_entries)}
         known = self._core.store.list()
-        decided = {i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy, rebooted) for i in known}
+        decided = {
+            i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy, rebooted, before.get(i.uuid)) for i in known
+        }
         decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid})
         self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
         for instance, (action, why) in decided.items():
@@ -123,7 +126,7 @@ class Recovery:
         return decided
 
     def _guest(
-        self, instance: Instance, guest: GuestInfo | None, busy: bool, rebooted: bool
+        self, instance: Instance, guest: GuestInfo | None, busy: bool, rebooted: bool, seq: int | None
     ) -> tuple[Action, str]:
         facts = GuestFacts(
             vm_state=instance.vm_state,
@@ -137,7 +140,7 @@ class Recovery:
         if action is Action.START:
             self._start(instance)
         elif action is Action.RECORD:
-            record_observed(self._core, self._operations, instance.uuid, facts.power, why)
+            record_observed(self._core, self._operations, instance.uuid, facts.power, why, seq)
         return action, why
 
     def _start(self, instance: Instance) -> None:
@@ -197,15 +200,20 @@ class Recovery:
         self._command("terminate_instance", record.uuid, admit)
 
 
-def record_observed(core: Core, operations: Operations, instance: str, found: PowerState, why: str) -> bool:
+def record_observed(
+    core: Core, operations: Operations, instance: str, found: PowerState, why: str, seq: int | None
+) -> bool:
     """Change the record to what the hypervisor says, unless an operation is at it; tell by notification.
+
+    :param seq: the record's, from before the hypervisor was asked: when it has changed since, an operation may have
+        begun and ended meanwhile, and what was seen is of its middle. Its end is followed by a look of its own.
 
     Returns whether anything changed. Guests are never touched by this.
     """
 
     def write(tx: Tx) -> bool:
         record = core.store.find(tx, instance)
-        if record is None or journal.open_entries(tx, instance):
+        if record is None or record.seq != seq or journal.open_entries(tx, instance):
             return False
         becomes, _ = observed(record.vm_state, found)
         if becomes is record.vm_state and found is record.power_state:

@@ -119,7 +119,7 @@ class Watch:
         except errors.InstanceNotFound:
             found, why = PowerState.NOSTATE, "the hypervisor has no such guest"
         _, reason = observed(instance.vm_state, found)
-        record_observed(self._core, self._operations, uuid, found, f"{reason} ({why})" if why else reason)
+        record_observed(self._core, self._operations, uuid, found, f"{reason} ({why})" if why else reason, instance.seq)
 
     def _tidy(self) -> None:
         self._operations.prune()

@@ -50,6 +50,29 @@ def test_guest_that_crashed_is_recorded_and_told_and_can_be_started(machine):
     assert machine.instance(UUID).vm_state is VmState.ACTIVE and machine.instance(UUID).fault is None
 
 
+def test_what_was_seen_in_the_middle_of_an_operation_is_not_recorded_after_its_end(machine, monkeypatch):
+    """The hypervisor shows a guest paused while its memory is saved; the save ends before that is written down."""
+    boot(machine)
+    real, seen = machine.driver.get_info, []
+
+    def late(uuid):
+        if seen:
+            return real(uuid)
+        seen.append(uuid)
+        machine.driver.pause(machine.instance(uuid))
+        info = real(uuid)
+        machine.driver.unpause(machine.instance(uuid))
+        assert machine.do("suspend_instance", uuid).state is OperationState.DONE
+        return info
+
+    monkeypatch.setattr(machine.driver, "get_info", late)
+    machine.worker.watch.look_at(UUID)
+    wait_for(lambda: seen and machine.instance(UUID).vm_state is VmState.SUSPENDED, what="the suspended guest")
+    machine.settle(UUID)
+    assert machine.instance(UUID).vm_state is VmState.SUSPENDED
+    assert told(machine, "instance.power_state") == []
+
+
 def test_guest_that_shut_itself_down_is_stopped(machine):
     boot(machine)
     machine.host.guest_shutdown(UUID)
