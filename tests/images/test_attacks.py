@@ -184,14 +184,15 @@ def test_cve_2022_47951_vmdk_descriptor_inside(host: DiskBuilder, store: Path, c
 
 def test_cve_2022_47951_vmdk_parent(host: DiskBuilder, store: Path, tmp_path: Path) -> None:
     """The VMDK's own kind of backing file, in a descriptor that is otherwise allowed."""
-    qemu_img("create", "-f", "vmdk", "-o", "subformat=monolithicSparse", store / "evil", "8M")
+    for path in (store / "evil", tmp_path / "shadow"):
+        qemu_img("create", "-f", "vmdk", "-o", "subformat=monolithicSparse", path, "8M")
     content = (store / "evil").read_bytes()
     hint = f'\nparentFileNameHint="{tmp_path}/shadow"\n'.encode()
     at = content.index(b"\n# Extent description")
     end = content.index(b"\0", at)
     text = content[512:at] + hint + content[at:end]
     (store / "evil").write_bytes(content[:512] + text.ljust(20 * 512, b"\0") + content[512 + 20 * 512 :])
-    assert "backing file" in refused(host, errors.ImageUnacceptable, "vmdk").message
+    assert "it has a backing file" in refused(host, errors.ImageUnacceptable, "vmdk").message
 
 
 @pytest.mark.parametrize("declared", ["qcow2", "raw"])
