@@ -125,8 +125,9 @@ class SpawnContract:
         power = world.power(world.a, instance.uuid)
         assert (power == "paused") == ("start_paused" in names)
         assert (power == "nostate") == ("define" not in names)
-        assert bool(world.plugged(world.a, instance.uuid)) == ("plug_vifs" in names)
-        assert bool(world.files(world.a, instance.uuid)) == ("create_disks" in names)
+        plugged_by = "start_paused" if world.plugs_with_guest else "plug_vifs"
+        assert bool(world.plugged(world.a, instance.uuid)) == (plugged_by in names)
+        assert (f"{instance.uuid}/disk" in world.files(world.a, instance.uuid)) == ("create_disks" in names)
 
     @pytest.mark.parametrize("look", [1, 2, 3])
     def test_cancelled_inside_a_part_its_undo_cleans(self, world: World, look: int) -> None:
@@ -313,6 +314,7 @@ class LifecycleContract:
 
     def test_clean_power_off(self, world: World) -> None:
         driver, instance = booted(world)
+        world.memory(world.a, instance.uuid)  # it is up
         assert driver.power_off(instance, RecordingJob(), timeout=30, retry_interval=1) is True
         assert world.power(world.a, instance.uuid) == "shutdown"
         driver.power_off(instance, RecordingJob(), timeout=30, retry_interval=1)
@@ -425,7 +427,7 @@ class FactsContract:
 
     def test_console_output(self, world: World) -> None:
         driver, instance = booted(world)
-        output = wait_for(lambda: driver.get_console_output(instance, 4096), what="console output")
+        output = wait_for(lambda: driver.get_console_output(instance, 4096), 60, "console output")
         assert isinstance(output, bytes)
         assert len(driver.get_console_output(instance, 3)) == 3
         assert driver.get_console_output(instance, 0) == b""

@@ -25,6 +25,7 @@ class FakeWorld:
     supports = EVERYTHING
     a, b = "alpha", "beta"
     guest_writes_disk = True
+    plugs_with_guest = False
 
     def __init__(self) -> None:
         self.cell = SimulatedCell()

@@ -26,6 +26,8 @@ class World(Protocol):
     b: str
     guest_writes_disk: bool
     """Whether :meth:`write_disk` can make a guest write."""
+    plugs_with_guest: bool
+    """Whether interfaces come and go with the guest's process; ``plug_vifs`` then makes sure that they can."""
 
     def driver(self, host: str) -> ComputeDriver:
         """The worker's driver on ``host``, initialised."""
