@@ -1,8 +1,8 @@
 """Every option: declared once as typed, frozen groups; read with oslo.config; handed to constructors.
 
-A field is one option with its default, bounds and help. :func:`oslo_opts` turns the groups into oslo.config
-options (also the entry point of ``oslo-config-generator``) and :func:`load` reads them into :class:`Settings`. Tests and
-the embedded cell construct :class:`Settings` directly. Nothing is read at import.
+A field is one option with its default, bounds and help. :func:`oslo_opts` turns the groups into oslo.config options
+(also the entry point of ``oslo-config-generator``) and :func:`load` reads them into :class:`Settings`. Tests and the
+embedded cell construct :class:`Settings` directly. Nothing is read at import.
 """
 
 from __future__ import annotations
