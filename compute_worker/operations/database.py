@@ -1,7 +1,8 @@
 """One SQLite file per host: journal, store, inbox and outbox in one, so that one commit covers them all.
 
 WAL with ``synchronous=FULL``: a commit is on disk when :meth:`Database.write` returns. Writers that come together share
-one commit (group commit): whoever holds the lock runs everybody's work, each in a savepoint of its own.
+one commit (group commit): one of them leads and runs everybody's work, each in a savepoint of its own; who comes
+meanwhile waits for the next commit, which the first of them leads.
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ class Closed(BaseException):
 
 
 class _Work(Generic[R]):
-    __slots__ = ("done", "error", "func", "result")
+    """``turn`` is released when the work is done, or when it is its writer's turn to lead."""
 
-    def __init__(self, func: Callable[[Tx], R]) -> None:
+    __slots__ = ("done", "durable", "error", "func", "result", "turn")
+
+    def __init__(self, func: Callable[[Tx], R], durable: bool) -> None:
         self.func = func
+        self.durable = durable
+        self.turn = threading.Lock()
+        self.turn.acquire()
         self.done = False
         self.result: R | None = None
         self.error: BaseException | None = None
@@ -54,7 +60,9 @@ class Database:
         self._on_commit = on_commit
         self._writer_lock = threading.Lock()
         self._reader_lock = threading.Lock()
+        self._queue_lock = threading.Lock()
         self._pending: deque[_Work[Any]] = deque()
+        self._led = False
         self._closed = False
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -82,27 +90,50 @@ class Database:
 
         return self.write(find)
 
-    def write(self, func: Callable[[Tx], R]) -> R:
+    def write(self, func: Callable[[Tx], R], *, durable: bool = True) -> R:
         """Run ``func`` in a transaction and return its result once it is on disk. Its exception undoes it alone.
 
+        :param durable: false for what may be lost with the machine's power (never with the process) and does no harm
+            then: it is on disk with the next durable write, and its order among the others is kept.
         :raises Closed: the database was closed; whether an unfinished write became durable is not known.
         :raises compute_worker.errors.StoreBusy: the file cannot be written now (no space, locked).
         """
-        work = _Work(func)
-        self._pending.append(work)
-        with self._writer_lock:
-            while not work.done:
-                self._commit_pending()
+        work = _Work(func, durable)
+        with self._queue_lock:
+            self._pending.append(work)
+            leads, self._led = not self._led, True
+        if not leads:
+            work.turn.acquire()
+        if not work.done:
+            self._lead()
         if work.error is not None:
             raise work.error
         return work.result  # type: ignore[return-value]
 
-    def _commit_pending(self) -> None:
-        batch = [self._pending.popleft() for _ in range(min(len(self._pending), _MOST_IN_ONE_COMMIT))]
+    def _lead(self) -> None:
+        """Commit what is pending, the caller's own work first; then the first of those that came meanwhile leads."""
+        with self._queue_lock:
+            batch = [self._pending.popleft() for _ in range(min(len(self._pending), _MOST_IN_ONE_COMMIT))]
+        try:
+            with self._writer_lock:
+                self._commit(batch)
+        finally:
+            with self._queue_lock:
+                self._led = bool(self._pending)
+                if self._led:
+                    self._pending[0].turn.release()
+            for work in batch:
+                work.done = True
+                work.turn.release()
+
+    def _commit(self, batch: list[_Work[Any]]) -> None:
         started = time.perf_counter()
+        durable = any(work.durable for work in batch)
         try:
             if self._closed:
                 raise Closed
+            if not durable:
+                self._writer.execute("PRAGMA synchronous=NORMAL")
             self._writer.execute("BEGIN IMMEDIATE")
             for work in batch:
                 self._run_in_savepoint(work)
@@ -113,8 +144,9 @@ class Database:
             self._fail(batch, exc)
         except sqlite3.Error as exc:
             self._fail(batch, errors.StoreBusy(f"the journal cannot be written: {exc}"))
-        for work in batch:
-            work.done = True
+        finally:
+            if not durable and not self._closed:
+                self._writer.execute("PRAGMA synchronous=FULL")
         if self._on_commit is not None:
             self._on_commit(time.perf_counter() - started)
 
@@ -122,7 +154,7 @@ class Database:
         self._writer.execute("SAVEPOINT work")
         try:
             work.result = work.func(self._writer)
-        except Exception as exc:
+        except BaseException as exc:  # whatever it is, it belongs to the writer whose work this is
             work.error = exc
             self._writer.execute("ROLLBACK TO work")
         self._writer.execute("RELEASE work")

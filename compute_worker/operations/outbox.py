@@ -94,8 +94,9 @@ class Outbox:
         return self._database.read(look)
 
     def delete(self, seqs: Sequence[int]) -> None:
-        """Forget rows that were sent."""
-        self._database.write(lambda tx: tx.executemany("DELETE FROM outbox WHERE id = ?", [(s,) for s in seqs]))
+        """Forget rows that were sent. A power failure may bring them back: they are sent again."""
+        rows = [(seq,) for seq in seqs]
+        self._database.write(lambda tx: tx.executemany("DELETE FROM outbox WHERE id = ?", rows), durable=False)
 
     def depth(self) -> int:
         """How many rows wait."""

@@ -6,6 +6,7 @@ committed to the :class:`~compute_worker.messages.Inbox` first. A call needs no 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from oslo_messaging._drivers import amqpdriver
+from oslo_messaging._drivers.common import Timeout
 
 from compute_worker.messages import Inbox
 from compute_worker.rpc import wire
@@ -36,6 +38,7 @@ class AcceptingListener(amqpdriver.AMQPListener):  # type: ignore[misc]  # oslo.
 
     message_cls = amqpdriver.AMQPIncomingMessage
     use_cache = True
+    incoming: list[Any]
 
     def __init__(
         self,
@@ -64,6 +67,18 @@ class AcceptingListener(amqpdriver.AMQPListener):  # type: ignore[misc]  # oslo.
         except Exception:
             LOG.exception("a message that cannot be understood is dropped")
             self._acknowledge(message)
+
+    def poll(self, timeout: float | None = None, batch_size: int = 1, batch_timeout: float | None = None) -> list[Any]:
+        """The calls that came; waits up to ``timeout`` seconds for the first message, whatever its kind.
+
+        oslo.messaging's own wakes up after 1, 2, 4, ... ms to acknowledge what other threads handled: about ten times
+        for each message of a quiet host. Here every message is acknowledged on this thread, as it comes.
+        """
+        if not self.incoming and not self._shutdown.is_set():
+            with contextlib.suppress(Timeout):
+                self.conn.consume(timeout=timeout)
+        calls, self.incoming = self.incoming, []
+        return calls
 
     def interrupt(self) -> None:
         """Make :meth:`poll` return soon, and from then on at once. Any thread may call it."""
