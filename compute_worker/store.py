@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -35,6 +36,7 @@ CREATE TABLE IF NOT EXISTS events (
 ) WITHOUT ROWID;
 """
 
+_HOST_PATH = re.compile(r"(?<![\w/.:])(?:file://)?(?:/[^\s/:;,'\"()\[\]<>]+)+/?")
 _DECODER = msgspec.json.Decoder(Instance)
 _ENCODER = msgspec.json.Encoder()
 
@@ -51,8 +53,12 @@ class Store:
         self._host = host
 
     def put(self, tx: Tx, instance: Instance) -> Instance:
-        """Write an instance as it is now; returns it with its new ``seq``."""
-        fresh = msgspec.structs.replace(instance, seq=next_seq(tx))
+        """Write an instance as it is now; returns it with its new ``seq``.
+
+        Its ``fault`` is for the instance's owner: paths of this host stay in the log and in the operation's error.
+        """
+        fault = instance.fault and _HOST_PATH.sub("[path]", instance.fault)
+        fresh = msgspec.structs.replace(instance, seq=next_seq(tx), fault=fault)
         tx.execute(
             "INSERT INTO instances VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
             " vm_state = excluded.vm_state, record = excluded.record, changed_at = excluded.changed_at,"

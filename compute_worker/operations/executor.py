@@ -269,8 +269,10 @@ class Executor:
     def write_end(
         self, tx: Tx, row: int, kind: Kind, instance: str | None, state: OperationState, error: ComputeError | None
     ) -> None:
-        """The final row of an operation and its last notification."""
+        """The final row of an operation and its last notification. Its secrets leave the journal."""
         said = error.to_dict() if error else None
+        if kind.secret_args:
+            journal.forget_args(tx, row, kind.secret_args)
         journal.update(tx, row, state=state, phase=state.value, error=_json(said) if said else None)
         self._outbox.add(
             tx,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,13 @@ def update(tx: Tx, operation: int, **changes: Any) -> None:
     values = {**changes, "updated_at": time.time(), "seq": next_seq(tx), "id": operation}
     sets = ", ".join(f"{name} = :{name}" for name in values if name != "id")
     tx.execute(f"UPDATE operations SET {sets} WHERE id = :id", values)
+
+
+def forget_args(tx: Tx, operation: int, names: Collection[str]) -> None:
+    """Drop arguments that no step needs any more. The key's digest stays: a repetition is still recognised."""
+    paths = [f"$.{name}" for name in names]
+    marks = ", ".join("?" for _ in paths)
+    tx.execute(f"UPDATE operations SET args = json_remove(args, {marks}) WHERE id = ?", (*paths, operation))
 
 
 def step_started(tx: Tx, operation: int, position: int, direction: str, name: str) -> None:

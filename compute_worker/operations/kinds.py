@@ -93,7 +93,7 @@ class Kind:
     :param preempts: does not wait for the instance: cancels what runs on it and runs next.
     :param locks: whether it needs the instance for itself at all.
     :param event: its name in notifications: ``instance.<event>.start``.
-    :param secret_args: arguments that no log, notification or answer may show.
+    :param secret_args: arguments that no log, notification or answer may show; journalled until the end, then dropped.
     """
 
     name: str

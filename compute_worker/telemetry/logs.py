@@ -22,7 +22,9 @@ Redact = Callable[[str], str]
 
 _QUIET = ["amqp=WARNING", "kombu=WARNING", "oslo.messaging=INFO", "oslo_messaging=INFO", "stevedore=WARNING",
           "urllib3=WARNING", "keystoneauth=WARNING", "openstack=WARNING"]  # fmt: skip
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {9: "\t", 10: "\\n", 13: "\\r"}
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {9: "\t", 10: "\\n", 13: "\\r"}
+# Ends of lines to some readers, and marks that turn the direction of writing.
+_CONTROL |= {code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))}
 
 
 class _Formatter(logging.Formatter):
