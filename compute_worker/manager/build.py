@@ -83,7 +83,8 @@ def kind(core: Core) -> Kind:
             *(as_step(part) for part in core.driver.spawn(instance, request_of(run))),
             Do("wait_for_vifs", lambda r: wait_for_vifs(core, r)),
             Commit(lambda tx, r: core.store.forbid_deleted(tx, instance.uuid)),
-            Do("resume_guest", lambda r: core.driver.unpause(instance)),
+            # Not unpause: a host that went down after the COMMIT took the paused guest with it.
+            Do("resume_guest", lambda r: core.driver.power_on(instance, r)),
         ]
 
     def finish(tx: Tx, run: Run) -> None:

@@ -202,6 +202,7 @@ class FakeDriver(ColdMoves, LiveMoves, Snapshots):
         with self._connection.call("start", uuid, job) as host:
             domain = self.need_domain(host, uuid)
             if domain.power is PowerState.PAUSED:
+                host.effect(uuid, "unpause")
                 host.power(domain, PowerState.RUNNING, "unpaused", EventKind.RESUMED)
             elif not domain.alive:
                 self.need_disks(host, uuid)
