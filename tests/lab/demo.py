@@ -103,6 +103,9 @@ def real_demo(out: Output) -> Iterator[RealDemo]:
         transport = get_transport(broker_url("rabbit", ADMINISTRATOR, "127.0.0.1", relay.port, cell.rabbit.vhost))
         try:
             client = Client(ComputeAPI(transport, timeout=15.0, retry=1), transport, discover=5.0)
+            for name in cell.nodes:
+                wait_for(lambda host=name: client.api.get_host_state(host=host).vcpus.total, 30.0,
+                         f"the hypervisor of {name} to tell what it has")
             out.line(f"    up in {time.monotonic() - began:.1f} s: {', '.join(cell.nodes)}, RabbitMQ, two workers")
             yield RealDemo(cell, client, images)
         finally:
