@@ -91,6 +91,8 @@ class Worker:
             found["broker"] = self.server.problem
         if not self.manager.core.driver.available:
             found["hypervisor"] = "the hypervisor does not answer"
+        elif not self.manager.watch.compared.is_set():
+            found["hypervisor"] = "it is still being asked what this host has and which guests run"
         return found
 
     def _on_refused(self, context: Context, method: str, args: Any, error: errors.ComputeError) -> None:
