@@ -11,7 +11,9 @@ from collections.abc import Callable
 from compute_worker import errors
 from compute_worker.manager.core import Core
 from compute_worker.manager.recovery import Recovery, record_observed
-from compute_worker.operations.database import Closed
+from compute_worker.objects import Instance
+from compute_worker.operations import journal
+from compute_worker.operations.database import Closed, Tx
 from compute_worker.operations.service import Operations
 from compute_worker.states import PowerState, observed
 from compute_worker.virt.driver import DriverEvent, EventKind
@@ -110,7 +112,7 @@ class Watch:
         self._compared.set()
 
     def _one(self, uuid: str) -> None:
-        instance = self._core.database.read(lambda tx: self._core.store.find(tx, uuid))
+        instance = self._core.database.read(lambda tx: self._idle(tx, uuid))
         if instance is None:
             return
         try:
@@ -118,8 +120,14 @@ class Watch:
             found, why = info.power_state, info.reason
         except errors.InstanceNotFound:
             found, why = PowerState.NOSTATE, "the hypervisor has no such guest"
-        _, reason = observed(instance.vm_state, found)
+        becomes, reason = observed(instance.vm_state, found)
+        if becomes is instance.vm_state and found is instance.power_state:
+            return
         record_observed(self._core, self._operations, uuid, found, f"{reason} ({why})" if why else reason, instance.seq)
+
+    def _idle(self, tx: Tx, uuid: str) -> Instance | None:
+        """The record, unless an operation is at it: its steps cause the events, and its end is followed by a look."""
+        return None if journal.open_entries(tx, uuid) else self._core.store.find(tx, uuid)
 
     def _tidy(self) -> None:
         self._operations.prune()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import msgspec
 import pytest
@@ -217,3 +218,32 @@ def test_missing_plug_event_is_tolerated_where_it_is_not_fatal(tmp_path):
     assert done.state is OperationState.DONE
     assert "is off" in next(s.reason for s in done.steps if s.name == "wait_for_vifs")
     machine.close()
+
+
+def test_a_look_that_finds_nothing_new_writes_nothing(machine, monkeypatch):
+    boot(machine)
+    real, looks, commits = machine.driver.get_info, [], []
+    monkeypatch.setattr(machine.driver, "get_info", lambda uuid: looks.append(uuid) or real(uuid))
+    wait_for(machine.worker.watch._queue.empty, what="the looks that the boot asked for")
+    monkeypatch.setattr(machine.worker.database, "_on_commit", commits.append)
+    before = len(looks)
+    for _ in range(3):
+        machine.worker.watch.look_at(UUID)
+    wait_for(lambda: len(looks) == before + 3, what="three looks")
+    machine.worker.watch.stop()
+    assert commits == []
+
+
+def test_events_that_an_operation_causes_are_looked_at_once_after_its_end(machine, monkeypatch):
+    real, states = machine.driver.get_info, []
+
+    def look(uuid):
+        if threading.current_thread() is machine.worker.watch._thread:
+            states.append(machine.instance(uuid).vm_state)
+        return real(uuid)
+
+    monkeypatch.setattr(machine.driver, "get_info", look)
+    boot(machine)
+    wait_for(lambda: states, what="the look after the end")
+    machine.worker.watch.stop()
+    assert set(states) == {VmState.ACTIVE}, "never while it was being built"
