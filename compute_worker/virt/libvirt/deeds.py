@@ -144,7 +144,7 @@ class Deeds:
         """
         job.check()
         with self.needed(uuid) as guest:
-            guest.launch(paused=True, discard_saved=True)
+            guest.launch(paused=True)
 
     def kill(self, uuid: str) -> None:
         """The guest is off, by its plug."""

@@ -41,8 +41,10 @@ class Power:
             self._deeds.plug_vifs(instance, job)
             self._deeds.define(instance, job)
         with self._deeds.needed(uuid) as guest:
-            if state is not PowerState.PAUSED:
-                guest.launch(discard_saved=discard_saved)
+            if state in OFF:
+                if discard_saved:
+                    guest.remove_managed_save()
+                guest.launch()
             # Also after a launch: a guest that was paused when it was saved comes back paused.
             guest.resume()
 
