@@ -89,6 +89,11 @@ class KillHost:
     def release(self, point: str) -> None:
         self.node.path(f"{self.mark}/{point}.go").touch()
 
+    def unanswered_bytes(self) -> int:
+        """The most that lies unread before libvirtd on one connection."""
+        lines = self.node.run("ss", "-xH", "src", "/run/libvirt/libvirt-sock").stdout.splitlines()
+        return max((int(line.split()[2]) for line in lines), default=0)
+
     # --- commands -----------------------------------------------------------------------------------------------
 
     def instance(self, **changes: Any) -> Instance:

@@ -24,6 +24,8 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 BUILD, DELETE = "build_and_run_instance", "terminate_instance"
+KEEPALIVE_BYTES = 28
+"""A question whether libvirtd lives; a call is longer."""
 full = pytest.mark.lab_full
 
 
@@ -99,9 +101,25 @@ def test_libvirtd_killed_inside_a_call(host: KillHost, step: str) -> None:
     host.wait_held(point)
     host.node.libvirtd.freeze()
     host.release(point)
+    wait_for(lambda: host.unanswered_bytes() > KEEPALIVE_BYTES, 10, "a call that libvirtd does not answer")
     host.node.libvirtd.kill()
     waiting = wait_for(lambda: host.api.get_operation(operation, host=HOST).waiting_for, 30, "the operation to wait")
     assert waiting and "hypervisor" in waiting
+    host.node.libvirtd.start()
+    assert host.outcome(operation).state is OperationState.DONE
+    host.assert_runs(instance)
+    host.assert_ended_once(instance, operation, "instance.create.end")
+    delete(host, instance, deaths=0)
+
+
+@full
+def test_libvirtd_killed_while_qemu_starts(host: KillHost) -> None:
+    """The moment qemu's process is there: whether libvirtd keeps it or not, one copy runs in the end."""
+    host.start()
+    instance = host.instance()
+    operation = host.send(BUILD, instance)
+    wait_for(lambda: oracle.qemu_processes(host.node), PATIENCE, "qemu's process")
+    host.node.libvirtd.kill()
     host.node.libvirtd.start()
     assert host.outcome(operation).state is OperationState.DONE
     host.assert_runs(instance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import xml.etree.ElementTree as ET
 
@@ -9,8 +10,9 @@ import pytest
 
 from tests.lab.cell import Cell
 from tests.lab.guest_images import GuestImages
+from tests.lab.killcell import HOST, kill_host
 from tests.lab.libvirt_world import BOOT, DATA, INITRD, KERNEL
-from tests.lab.settings import WORKER_USER
+from tests.lab.settings import INSTANCES_PATH, WORKER_USER
 from tests.lab.worker import REPOSITORY
 
 pytestmark = pytest.mark.lab
@@ -43,8 +45,33 @@ def run_inside(cell: Cell, what: str, seconds: float) -> int:
         node.path(report).unlink(missing_ok=True)
 
 
+@pytest.mark.lab_full
 def test_contract_refusals(cell: Cell, images: None) -> None:
     assert run_inside(cell, "contract_on_libvirt.py::TestRefusals", 100) >= 9
+
+
+@pytest.mark.timeout(300)
+def test_guests(cell: Cell, images: None) -> None:
+    assert run_inside(cell, "guests_on_libvirt.py", 280) >= 5
+
+
+@pytest.mark.lab_full
+@pytest.mark.timeout(300)
+def test_console_that_is_root_s_alone(cell: Cell, lab_guest: GuestImages) -> None:
+    """What virtlogd makes when it rolls a console over: the worker reads it by way of libvirt, and leaves no pool."""
+    with kill_host(cell, lab_guest) as host:
+        host.start()
+        instance, _ = host.boot()
+        host.wait_ticks(instance)
+        log = host.node.instances / instance.uuid / "console.log"
+        os.chown(log, 0, 0)
+        assert host.node.run("cat", f"{INSTANCES_PATH}/{instance.uuid}/console.log", user=WORKER_USER,
+                             check=False).returncode != 0
+        assert "LAB: tick 1 " in host.api.get_console_output(instance.uuid, 100_000, host=HOST)
+        assert 0 < len(host.api.get_console_output(instance.uuid, 10, host=HOST)) <= 10
+        assert host.node.virsh("pool-list", "--all", "--name").stdout.split() == []
+        host.do("terminate_instance", instance.uuid)
+        host.stop()
 
 
 @pytest.mark.lab_full

@@ -443,3 +443,31 @@ def test_moves_and_snapshots_are_refused(driver: LibvirtDriver, instance: Instan
         driver.live_migration_abort(instance)
     with pytest.raises(errors.NotSupported, match="snapshots"):
         driver.snapshot(instance, "i", True)
+
+
+def test_directories_that_guests_cannot_pass_are_named(
+    driver: LibvirtDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(driver_module, "guest_user", lambda xml: (64055, 64055))
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.name.startswith(("pytest-", tmp_path.name)):
+            directory.chmod(0o755)
+    (tmp_path / "state").chmod(0o711)
+    driver._introduce()
+    assert "cannot pass" not in caplog.text
+    (tmp_path / "state").chmod(0o700)
+    driver._introduce()
+    assert f"guests run as user 64055 and cannot pass {tmp_path}/state on the way" in caplog.text
+
+
+def test_a_wish_that_cannot_be_met_is_said_and_does_not_end_the_worker(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = LibvirtDriver(settings(tmp_path, uri, virt_type="kvm"))
+    driver.init_host("node1")
+    try:
+        wait_for(lambda: "libvirt answers, but cannot be used: virt_type is kvm" in caplog.text, what="the reason")
+        with pytest.raises(errors.Broken, match="virt_type is kvm"):
+            driver.get_available_resource()
+    finally:
+        driver.cleanup_host()
