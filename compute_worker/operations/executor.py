@@ -18,7 +18,7 @@ from compute_worker.operations import journal
 from compute_worker.operations.database import Database, Tx
 from compute_worker.operations.kinds import Commit, Kind, Step
 from compute_worker.operations.outbox import Outbox
-from compute_worker.operations.run import Run
+from compute_worker.operations.run import Run, Stopping
 from compute_worker.states import OperationState
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Executor:
         self._observe = observer
 
     def execute(self, run: Run) -> None:
-        """Take the operation to its end, from wherever the journal says it is.
+        """Take the operation to its end, from wherever the journal says it is: one that ended is left alone.
 
         :raises Stopping: the worker ends; the journal has what is needed to go on.
         :raises Closed: the same, at once.
@@ -70,6 +70,11 @@ class Executor:
         """
         kind = self._kinds[run.kind]
         entry = self._database.read(lambda tx: journal.by_id(tx, run.id))
+        if entry.state.final:
+            return
+        if entry.cancel_requested:
+            # Written after the caller of submit() had read its entry, and before there was a run to tell.
+            run.cancel(entry.preempted)
         steps = kind.steps(run)
         if entry.state is OperationState.UNDOING:
             self._undo(run, kind, steps, from_dict(entry.error or {}))
@@ -77,6 +82,9 @@ class Executor:
         try:
             self._forward(run, kind, steps)
         except Exception as exc:
+            if run.stopping:
+                # The worker's end interrupts what steps wait for: that is no failure of theirs.
+                raise Stopping from exc
             if run.committed and not (kind.gives_up or run.preempted):
                 raise
             self._failed(run, kind, steps, self._as_compute_error(run, exc))
@@ -102,7 +110,12 @@ class Executor:
 
     def _write(self, run: Run, func: Callable[[Tx], None]) -> None:
         """Record, however long the journal cannot be written (a full disk): the step's work stands meanwhile."""
+        try:
+            self._database.write(func)
+        except StoreBusy:
+            self._write_when_possible(run, func)
 
+    def _write_when_possible(self, run: Run, func: Callable[[Tx], None]) -> None:
         def again(state: tenacity.RetryCallState) -> bool:
             busy = isinstance(state.outcome.exception() if state.outcome else None, StoreBusy)
             run.waiting_for = "room in the journal" if busy else None
@@ -155,6 +168,8 @@ class Executor:
 
         def record(tx: Tx) -> None:
             if isinstance(step, Commit):
+                if journal.by_id(tx, run.id).cancel_requested:
+                    raise Cancelled(f"operation {run.uuid} was cancelled")
                 step.record(tx, run)
                 journal.update(tx, run.id, committed=1)
             journal.step_ended(tx, run.id, index, "do", attempts=attempts, result=result, reason=run.reason)

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from compute_worker import objects
 from compute_worker.operations.database import Database, Tx, next_seq
 from compute_worker.operations.schema import OPEN_SQL
@@ -71,14 +73,14 @@ def _entry(row: sqlite3.Row) -> Entry:
         chain=row["chain"],
         kind=row["kind"],
         instance=row["instance"],
-        args=json.loads(row["args"]),
+        args=msgspec.json.decode(row["args"]),
         state=OperationState(row["state"]),
         committed=bool(row["committed"]),
         cancel_requested=bool(row["cancel_requested"]),
         preempted=bool(row["preempted"]),
         phase=row["phase"],
         error=json.loads(row["error"]) if row["error"] else None,
-        result=json.loads(row["result"]),
+        result=msgspec.json.decode(row["result"]),
         request_id=row["request_id"],
         created_at=row["created_at"],
         updated_at=row["updated_at"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from compute_worker import errors, objects
 from compute_worker.messages import Context
@@ -21,6 +23,8 @@ from compute_worker.operations.outbox import Outbox
 from compute_worker.operations.run import Run
 from compute_worker.operations.runner import Runner
 from compute_worker.states import OperationState
+
+LOG = logging.getLogger(__name__)
 
 MAX_EXPIRY = 86_400.0
 """Seconds: how far ahead ``expires_at`` may be (``protocol.md`` 4: keys outlive it)."""
@@ -89,7 +93,6 @@ class Operations:
         self._max_queued = max_queued
         self._progress_interval = progress_interval
         self._key_retention = key_retention
-        self._notified: dict[int, float] = {}
         extra = {} if observer is None else {"observer": observer}
         self._executor = Executor(database, self.outbox, kinds, step_attempts, **extra)
         self._runner = Runner(database, self._executor, kinds, limits, self._reported, on_end)
@@ -111,8 +114,10 @@ class Operations:
 
         :raises Refused: and nothing is written; also whatever ``admit`` raises.
         """
+        # Sorted, so that the same arguments are the same text; made here, where it holds up nobody's commit.
+        args = msgspec.json.encode(command.args, order="sorted")
         try:
-            entry, repeated, preempted = self.database.write(lambda tx: self._accept(tx, command, admit))
+            entry, repeated, preempted = self.database.write(lambda tx: self._accept(tx, command, args, admit))
         except _CheckedOnly:
             return objects.Accepted(operation=None, host=self.host)
         if not repeated:
@@ -123,10 +128,10 @@ class Operations:
             self._runner.submit(entry)
         return objects.Accepted(operation=entry.uuid, host=self.host, state=entry.state, repeated=repeated)
 
-    def _accept(self, tx: Tx, command: Command, admit: Admit) -> tuple[Entry, bool, list[int]]:
+    def _accept(self, tx: Tx, command: Command, args: bytes, admit: Admit) -> tuple[Entry, bool, list[int]]:
         kind = self._kinds[command.kind]
         key, derived = _key(command)
-        digest = _digest(command.args)
+        digest = hashlib.sha256(args).hexdigest()
         if command.context.inbox is not None:
             inbox.discard(tx, command.context.inbox)
         known = self._known(tx, command, key, digest)
@@ -152,7 +157,7 @@ class Operations:
             "chain": command.chain or uuid,
             "kind": kind.name,
             "instance": command.instance,
-            "args": json.dumps(command.args),
+            "args": args.decode(),
             "state": state,
             "committed": kind.committed_at_accept or settled,
             "phase": state.value,
@@ -314,10 +319,9 @@ class Operations:
         now = time.time()
         if run.progress is None or now - run.created_at < _QUIET:
             return
-        if not new_phase and now - self._notified.get(run.id, 0) < self._progress_interval:
+        if not new_phase and now - run.notified_at < self._progress_interval:
             return
-        self._notified = {k: v for k, v in self._notified.items() if now - v < self._progress_interval}
-        self._notified[run.id] = now
+        run.notified_at = now
         body = {
             "instance": run.instance,
             "kind": run.kind,
@@ -326,7 +330,12 @@ class Operations:
             "progress": objects.encode(run.progress),
         }
         event = f"instance.{self._kinds[run.kind].event}.progress"
-        self.database.write(lambda tx: self.outbox.add(tx, event, body, operation_row=run.id))
+        try:
+            self.database.write(lambda tx: self.outbox.add(tx, event, body, operation_row=run.id))
+        except errors.StoreBusy as exc:
+            # The step that reports does its work all the same; the next report tells more.
+            LOG.debug("progress of operation %s is not notified: %s", run.uuid, exc)
+            return
         self.outbox.ring()
 
 
@@ -336,10 +345,6 @@ def _key(command: Command) -> tuple[str, bool]:
     if command.operation is not None:
         return f"{command.instance}/{message}/{command.operation}", False
     return f"{command.instance}/{message}/{command.context.message_id}", True
-
-
-def _digest(args: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()
 
 
 def _check_expiry(command: Command) -> None:
