@@ -61,8 +61,8 @@ class Executor:
         self._attempts = step_attempts
         self._observe = observer
 
-    def execute(self, run: Run) -> None:
-        """Take the operation to its end, from wherever the journal says it is: one that ended is left alone.
+    def execute(self, run: Run) -> bool:
+        """Take the operation to its end, from wherever the journal says it is. False: it had ended before.
 
         :raises Stopping: the worker ends; the journal has what is needed to go on.
         :raises Closed: the same, at once.
@@ -71,14 +71,14 @@ class Executor:
         kind = self._kinds[run.kind]
         entry = self._database.read(lambda tx: journal.by_id(tx, run.id))
         if entry.state.final:
-            return
+            return False
         if entry.cancel_requested:
             # Written after the caller of submit() had read its entry, and before there was a run to tell.
             run.cancel(entry.preempted)
         steps = kind.steps(run)
         if entry.state is OperationState.UNDOING:
             self._undo(run, kind, steps, from_dict(entry.error or {}))
-            return
+            return True
         try:
             self._forward(run, kind, steps)
         except Exception as exc:
@@ -88,6 +88,7 @@ class Executor:
             if run.committed and not (kind.gives_up or run.preempted):
                 raise
             self._failed(run, kind, steps, self._as_compute_error(run, exc))
+        return True
 
     def _failed(self, run: Run, kind: Kind, steps: Sequence[Step], error: ComputeError) -> None:
         if run.committed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from compute_worker.errors import Cancelled
 from compute_worker.objects import Progress
 from compute_worker.operations.journal import Entry
 
+LOG = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.5
 _SMOOTH = 0.3
 
@@ -23,7 +25,8 @@ class Stopping(BaseException):
 class Run:
     """What is known of an operation in memory; everything that must survive is in the journal.
 
-    ``results`` holds what earlier steps returned, by step name. ``progress`` is the last report.
+    ``results`` holds what earlier steps returned, by step name. ``progress`` is the last report, ``notified_at`` when
+    one was last notified.
     """
 
     def __init__(self, entry: Entry, results: dict[str, dict[str, Any]] | None = None) -> None:
@@ -43,6 +46,7 @@ class Run:
         self.phase = entry.phase
         self.reason: str | None = None
         self.undoing = False
+        self.notified_at = 0.0
         self._cancelled = entry.cancel_requested
         self._stopping = False
         self._changed = threading.Condition()
@@ -84,6 +88,11 @@ class Run:
         """Whether somebody asked for its end."""
         return self._cancelled
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker ends."""
+        return self._stopping
+
     def check(self) -> None:
         """Leave when asked to.
 
@@ -97,14 +106,14 @@ class Run:
 
     @contextlib.contextmanager
     def on_cancel(self, callback: Callable[[], None]) -> Iterator[None]:
-        """While open, ``callback`` is called once when the operation has to leave."""
+        """While open, ``callback`` is called when the operation has to leave. What it raises is only logged."""
         with self._changed:
             self._callbacks.append(callback)
         try:
             try:
                 self.check()
             except BaseException:
-                callback()
+                self._call(callback)
                 raise
             yield
         finally:
@@ -159,4 +168,11 @@ class Run:
             callbacks, self._callbacks = self._callbacks, []
             self._changed.notify_all()
         for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        # In the thread of whoever cancels or stops, which has more to do than this one operation.
+        try:
             callback()
+        except Exception as exc:
+            LOG.warning("operation %s: step %s could not be interrupted: %s", self.uuid, self.phase, exc)

@@ -51,15 +51,19 @@ class Runner:
 
     def start(self) -> int:
         """Go on with every open operation of the journal. Returns how many there were."""
-        entries = self._database.read(journal.open_entries)
         with self._lock:
+            # In one: what is accepted meanwhile is either among the entries or submitted after them.
+            entries = self._database.read(journal.open_entries)
             self._started = True
-        for entry in entries:
-            self.submit(entry)
+            for entry in entries:
+                self.submit(entry)
         return len(entries)
 
     def submit(self, entry: Entry) -> None:
-        """Run an accepted operation when its turn comes. Before :meth:`start` the journal alone remembers it."""
+        """Run an accepted operation when its turn comes. Before :meth:`start` the journal alone remembers it.
+
+        ``entry`` may be old: one that ended or was cancelled since it was read is found so in the journal.
+        """
         with self._lock:
             if not self._started or self._stopping or entry.id in self._runs:
                 return
@@ -90,9 +94,8 @@ class Runner:
 
     def _to_its_end(self, run: Run) -> None:
         started = time.monotonic()
-        self._executor.execute(run)
-        state = self._database.read(lambda tx: journal.by_id(tx, run.id)).state
-        if self._on_end is not None:
+        if self._executor.execute(run) and self._on_end is not None:
+            state = self._database.read(lambda tx: journal.by_id(tx, run.id)).state
             self._on_end(run.kind, run.instance, state.value, time.monotonic() - started)
         with self._lock:
             del self._runs[run.id]

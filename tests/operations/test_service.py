@@ -8,9 +8,11 @@ import pytest
 
 from compute_worker import errors
 from compute_worker.messages import Context
+from compute_worker.operations import journal, service
+from compute_worker.operations.executor import Point
 from compute_worker.operations.service import Command
 from compute_worker.states import OperationState
-from tests.operations.world import Worker, World
+from tests.operations.world import Job, Worker, World
 from tests.waiting import wait_for
 
 UUID = "22222222-2222-4222-8222-222222222222"
@@ -220,3 +222,106 @@ def test_prune_forgets_only_what_is_old(worker):
     assert worker.operations.prune() == 1
     with pytest.raises(errors.OperationNotFound):
         worker.operations.get(UUID)
+
+
+def idle(worker):
+    wait_for(lambda: worker.operations.counts() == (0, {}), what="nothing to run or wait")
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_ended_since_a_repetition_found_it_open_is_not_run_again(worker, world, failing):
+    world.failing["two"] = [errors.Broken("no")] * failing
+    gate = hold(world, "two")
+    worker.send(operation=UUID)
+    wait_for(lambda: "one" in world.things, what="the first step")
+    found = worker.database.read(lambda tx: journal.by_uuid(tx, UUID))
+    gate.set()
+    ended = worker.outcome(UUID)
+    idle(worker)
+    told, finished, made = worker.events(), list(world.finished), dict(world.made)
+    worker.operations._runner.submit(found)
+    idle(worker)
+    assert worker.operations.get(UUID) == ended
+    assert (worker.events(), world.finished, world.made) == (told, finished, made)
+
+
+def test_cancel_between_acceptance_and_the_runner_is_not_lost(worker, world, monkeypatch):
+    submit = worker.operations._runner.submit
+
+    def late(entry):
+        cancel(worker, entry.uuid)
+        submit(entry)
+
+    monkeypatch.setattr(worker.operations._runner, "submit", late)
+    operation = worker.send().operation
+    assert worker.outcome(operation).error["class"] == "Cancelled"
+    assert world.things == set() and world.made["one"] == 0
+
+
+def test_cancel_that_is_on_record_before_the_commit_wins(worker, world, monkeypatch):
+    def observe(point, run, step, direction):
+        if (point, step) == (Point.BEFORE_RECORD, "commit"):
+            assert worker.database.write(lambda tx: worker.operations.cancel(tx, run.uuid)) == [run.id]
+
+    monkeypatch.setattr(worker.operations._executor, "_observe", observe)
+    operation = worker.outcome(worker.send().operation)
+    assert operation.error["class"] == "Cancelled" and not operation.committed
+    assert world.things == set()
+
+
+def test_progress_that_cannot_be_notified_fails_nothing(worker, monkeypatch):
+    add = worker.operations.outbox.add
+    refused = []
+
+    def full(tx, event_type, payload, **about):
+        if event_type.endswith(".progress"):
+            refused.append(event_type)
+            raise errors.StoreBusy
+        add(tx, event_type, payload, **about)
+
+    monkeypatch.setattr(worker.operations.outbox, "add", full)
+    monkeypatch.setattr(service, "_QUIET", 0)
+    assert worker.outcome(worker.send().operation).state is OperationState.DONE
+    assert refused
+
+
+def test_what_cannot_be_interrupted_holds_up_no_delete(worker, world):
+    job = world.jobs["two"] = Job(interrupt_fails=True)
+    first = worker.send().operation
+    assert job.begun.wait(10)
+    wiping = worker.send("wipe").operation
+    assert worker.outcome(wiping).state is OperationState.DONE
+    assert worker.outcome(first).state is OperationState.UNDONE
+
+
+def test_a_step_that_fails_as_the_worker_ends_is_done_again(tmp_path, world):
+    job = world.jobs["two"] = Job()
+    worker = Worker(tmp_path / "j2", world)
+    worker.operations.start()
+    operation = worker.send().operation
+    assert job.begun.wait(10)
+    assert worker.operations.stop(5)
+    worker.database.close()
+    world.jobs.clear()
+    again = Worker(tmp_path / "j2", world)
+    assert again.operations.start() == 1
+    assert again.outcome(operation).state is OperationState.DONE
+    again.close()
+
+
+def test_what_is_accepted_while_the_journal_is_read_runs(tmp_path, world, monkeypatch):
+    worker = Worker(tmp_path / "j2", world)
+    read, accepting = worker.database.read, threading.Thread(target=lambda: worker.send(operation=UUID))
+
+    def slow(func):
+        found = read(func)
+        if func is journal.open_entries:
+            accepting.start()
+            accepting.join(0.5)
+        return found
+
+    monkeypatch.setattr(worker.database, "read", slow)
+    worker.operations.start()
+    accepting.join()
+    assert worker.outcome(UUID).state is OperationState.DONE
+    worker.close()

@@ -23,6 +23,25 @@ class Death(BaseException):
     """The simulated end of the process."""
 
 
+class Job:
+    """Something outside that a step waits for: it ends when it is interrupted, and then the step fails."""
+
+    def __init__(self, interrupt_fails: bool = False) -> None:
+        self.begun = threading.Event()
+        self._ended = threading.Event()
+        self._interrupt_fails = interrupt_fails
+
+    def interrupt(self) -> None:
+        self._ended.set()
+        if self._interrupt_fails:
+            raise errors.HypervisorUnavailable(reason="it is down")
+
+    def wait(self) -> None:
+        self.begun.set()
+        assert self._ended.wait(30)
+        raise errors.GuestFailed(instance="one", reason="its job was aborted")
+
+
 class World:
     """What outlives the worker: things that exist, how often each was made, what fails."""
 
@@ -32,6 +51,7 @@ class World:
         self.failing: dict[str, list[Exception]] = {}
         self.finished: list[str] = []
         self.block: dict[str, threading.Event] = {}
+        self.jobs: dict[str, Job] = {}
 
     def make(self, name: str) -> None:
         for error in self.failing.get(name, [])[:1]:
@@ -77,6 +97,9 @@ class Worker:
             def do(run):  # type: ignore[no-untyped-def]
                 if name in self.world.block:
                     run.wait(self.world.block[name].is_set, 30)
+                if name in self.world.jobs:
+                    with run.on_cancel(self.world.jobs[name].interrupt):
+                        self.world.jobs[name].wait()
                 self.world.make(name)
                 return {"made": name}
 
