@@ -79,6 +79,10 @@ class Store:
         row = tx.execute("SELECT record FROM instances WHERE uuid = ? AND vm_state != 'deleted'", (uuid,)).fetchone()
         return _DECODER.decode(row[0]) if row else None
 
+    def has_row(self, tx: Tx, uuid: str) -> bool:
+        """Whether it ever was here, as far as rows last: also when it is deleted or was undone."""
+        return tx.execute("SELECT 1 FROM instances WHERE uuid = ?", (uuid,)).fetchone() is not None
+
     def require(self, tx: Tx, uuid: str) -> Instance:
         """The instance.
 

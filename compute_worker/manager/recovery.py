@@ -145,7 +145,8 @@ class Recovery:
 
     def _start(self, instance: Instance) -> None:
         def admit(tx: Tx) -> bool:
-            self._core.store.change(tx, instance.uuid, power_state=PowerState.SHUTDOWN)
+            # What it is now, whatever it was: a paused guest is started too, and one that cannot be is stopped.
+            self._core.store.change(tx, instance.uuid, vm_state=VmState.STOPPED, power_state=PowerState.SHUTDOWN)
             return power.admit(self._core, tx, instance.uuid, "start_instance")
 
         self._command("start_instance", instance.uuid, admit)
@@ -172,25 +173,29 @@ class Recovery:
                 running=guest is not None and guest.power_state is PowerState.RUNNING,
             )
             action, why = decide_stranger(facts)
-            if action is Action.ADOPT and record is not None:
-                self._adopt(record, guest)
+            if action is Action.ADOPT and record is not None and not self._adopt(record, guest):
+                action, why = Action.NOTHING, "an operation began with it while the hypervisor was asked"
             elif action is Action.DELETE and record is not None:
                 self._delete(record)
             decided[stranger] = (action, why)
         return decided
 
-    def _adopt(self, record: Instance, guest: GuestInfo | None) -> None:
+    def _adopt(self, record: Instance, guest: GuestInfo | None) -> bool:
+        """Write the record again; false when the store has heard of the instance: then nothing was lost."""
         power_state = guest.power_state if guest else PowerState.SHUTDOWN
         by_power = {expected: state for state, expected in EXPECTED_POWER.items()}
         adopted = msgspec.structs.replace(
             record, vm_state=by_power.get(power_state, VmState.ERROR), task_state=None, power_state=power_state
         )
 
-        def write(tx: Tx) -> None:
+        def write(tx: Tx) -> bool:
+            if self._core.store.has_row(tx, adopted.uuid):
+                return False
             self._core.store.put(tx, adopted)
             self._core.claims.force(tx, adopted)
+            return True
 
-        self._core.database.write(write)
+        return self._core.database.write(write)
 
     def _delete(self, record: Instance) -> None:
         def admit(tx: Tx) -> bool:

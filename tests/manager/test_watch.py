@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from compute_worker import errors
+from compute_worker.manager.recovery import Action
 from compute_worker.objects import ExternalEvent
 from compute_worker.states import OperationState, PowerState, VmState
 from tests.manager.machine import VIF, Machine, make_instance, quiet_deaths
@@ -98,6 +99,17 @@ def test_host_reboot_starts_what_ran_and_nothing_else(machine):
     assert machine.host.cell.violations == []
 
 
+def test_host_reboot_starts_what_was_paused(machine):
+    boot(machine)
+    assert machine.do("pause_instance", UUID).state is OperationState.DONE
+    machine.host.power_failure()
+    machine.kill()
+    machine.host.power_restore()
+    machine.restart()
+    wait_for(lambda: machine.host.running(UUID), what="the guest to be started again")
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.ACTIVE, what="the record to say so")
+
+
 def test_restart_of_the_worker_alone_starts_nothing(machine):
     boot(machine)
     machine.kill()
@@ -134,6 +146,32 @@ def test_lost_journal_is_rebuilt_from_what_stands_beside_the_disks(machine):
     assert machine.host.effects[UUID, "boot"] == 1
     assert machine.do("terminate_instance", UUID).state is OperationState.DONE
     assert machine.host.leftovers() == []
+
+
+def test_what_is_built_while_the_hypervisor_is_asked_is_no_stranger(machine, monkeypatch):
+    real = machine.driver.list_records
+    monkeypatch.setattr(machine.driver, "list_records", lambda: [boot(machine)] and real())
+    wait_for(machine.worker.watch._queue.empty, what="the comparison at start")
+    decided = machine.worker.recovery.compare()
+    assert decided[UUID][0] is Action.NOTHING
+    assert machine.instance(UUID).launched_at is not None
+
+
+def test_what_is_undone_while_the_hypervisor_is_asked_is_not_adopted(machine, monkeypatch):
+    real = machine.driver.list_records
+
+    def late():
+        operation = machine.send("build_and_run_instance", make_instance(vifs=waiting_vif()))
+        wait_for(lambda: machine.worker.operations.get(operation).phase == "wait_for_vifs", what="the wait to begin")
+        records = real()
+        machine.send("cancel_operation", operation)
+        assert machine.outcome(operation).state is OperationState.UNDONE
+        return records
+
+    monkeypatch.setattr(machine.driver, "list_records", late)
+    machine.worker.recovery.compare()
+    assert machine.instance(UUID) is None
+    assert machine.worker.core.claims.usage()["memory_mb"].used == 0
 
 
 def test_what_another_host_owns_is_left_alone(machine):
