@@ -77,8 +77,11 @@ class Worker:
         """
         limit = self.settings.compute.graceful_shutdown_timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
-        ended = self.server.stop(limit)
-        return self.manager.stop(max(0.1, deadline - time.monotonic())) and ended
+        ended = self.server.stop_consuming(limit)
+        # Before the server's threads are waited for: some of them wait for the outcome of an operation.
+        ended = self.manager.operations.stop(_left(deadline)) and ended
+        ended = self.server.stop(_left(deadline)) and ended
+        return self.manager.stop(_left(deadline)) and ended
 
     def host_state(self) -> HostState:
         """What a scheduler wants to know of this host."""
@@ -99,6 +102,10 @@ class Worker:
         self.manager.on_refused(
             context, method, wire.uuid_in(args, "instance"), error, wire.uuid_in(args, "operation")
         )
+
+
+def _left(deadline: float) -> float:
+    return max(0.1, deadline - time.monotonic())
 
 
 def load_driver(settings: Settings) -> ComputeDriver:

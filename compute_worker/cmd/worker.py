@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,10 +77,12 @@ class Daemon:
             return 1
         telemetry.start(worker)
         self._asked.wait()
-        LOG.info("stopping: at most %.0f s", self._settings.compute.graceful_shutdown_timeout)
+        limit = self._settings.compute.graceful_shutdown_timeout
+        deadline = time.monotonic() + limit
+        LOG.info("stopping: at most %.0f s", limit)
         telemetry.stopping()
         ended = worker.stop()
-        telemetry.stop()
+        telemetry.stop(max(0.5, deadline - time.monotonic()))
         LOG.info("stopped%s", "" if ended else "; steps that still ran go on after the next start")
         return 0
 

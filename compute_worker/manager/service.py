@@ -131,10 +131,10 @@ class ComputeManager:
         """
         deadline = time.monotonic() + timeout
         ended = self.operations.stop(timeout)
-        self.watch.stop()
+        self.watch.stop(max(0.1, deadline - time.monotonic()))
         closer = threading.Thread(target=self.core.driver.cleanup_host, daemon=True)
         closer.start()
-        closer.join(max(1.0, deadline - time.monotonic()))
+        closer.join(max(0.1, deadline - time.monotonic()))
         self.database.close()
         return ended
 

@@ -46,10 +46,10 @@ class Watch:
         self._queue.put(_ALL)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread."""
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the thread. One that hangs in the hypervisor is left to the end of the process."""
         self._queue.put(None)
-        self._thread.join(timeout=5)
+        self._thread.join(timeout)
 
     @property
     def compared(self) -> threading.Event:

@@ -16,7 +16,7 @@ from compute_worker.telemetry.notifications import HOST_STATE, VERSION, Notifier
 LOG = logging.getLogger(__name__)
 
 BATCH = 64
-LONGEST_BACKOFF = 30.0
+LONGEST_BACKOFF = 5.0
 _LOOK = 5.0
 
 
@@ -64,7 +64,7 @@ class OutboxSender:
     """Sends each row and deletes it after the broker has confirmed it.
 
     If the process dies between the two, the row is sent again after the restart, with the same ``message_id``. While
-    the broker is down rows stay where they are and the first is tried again after 0.5 to 30 seconds.
+    the broker is down rows stay where they are and the first is tried again after 0.5 to 5 seconds.
 
     :param journal_id: makes message ids unique over hosts and over lost journals.
     :param host_state: the host's state; sent every ``host_state_interval`` seconds, never stored: a stale one is
@@ -156,14 +156,17 @@ class OutboxSender:
     def _send_host_state(self) -> None:
         if self._host_state is None or time.monotonic() < self._host_state_due:
             return
-        self._host_state_due = time.monotonic() + self._interval
+        due = time.monotonic() + self._interval
         now = time.time()
         try:
             payload = {"version": VERSION, **msgspec.to_builtins(self._host_state())}
         except Exception:
             LOG.exception("the state of this host cannot be told")
+            self._host_state_due = due
             return
         self._send(message_id_of(self._journal_id, time.time_ns()), HOST_STATE, "INFO", payload, now)
+        # Only now: until one has arrived the next attempt makes a fresh one, and is what finds that the broker is back.
+        self._host_state_due = due
 
     def _send(self, message_id: str, event_type: str, priority: str, payload: dict[str, Any], at: float) -> None:
         self._notifier.send(message_id, event_type, priority, payload, at)

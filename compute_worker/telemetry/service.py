@@ -113,13 +113,13 @@ class Telemetry:
         """The worker was asked to end. Metrics, notifications and the watchdog go on until :meth:`stop`."""
         self._systemd.stopping(self._settings.compute.graceful_shutdown_timeout + 15)
 
-    def stop(self) -> None:
-        """End. Notifications that were not sent stay in the outbox."""
+    def stop(self, timeout: float = 5.0) -> None:
+        """End within ``timeout`` seconds and one. Notifications that were not sent stay in the outbox."""
         self._watchdog.stop()
         if self._endpoint:
             self._endpoint.stop()
         if self._sender:
-            self._sender.stop()
+            self._sender.stop(timeout)
 
     def _messaging(self) -> Notifier:
         import oslo_messaging

@@ -177,6 +177,15 @@ def test_a_host_state_that_cannot_be_found_does_not_hold_up_rows_for_ever(
     wait_for(lambda: broker.sent, what="the row")
 
 
+def test_that_the_broker_is_back_is_found_with_nothing_to_send(
+    outbox: Outbox, running: Callable[..., OutboxSender]
+) -> None:
+    broker = Recorder(fail=lambda attempt: "before" if attempt <= 2 else None)
+    sender = running(outbox, broker, "j", host_state=host_state, host_state_interval=60)
+    wait_for(lambda: broker.sent, what="host.state to be tried again, long before it is due again")
+    wait_for(lambda: sender.failing is None, what="the sender to be well")
+
+
 def test_through_oslo_messaging_in_one_process(outbox: Outbox, running: Callable[..., OutboxSender]) -> None:
     """A listener of oslo.messaging's own gets what was sent."""
     got, listener, transport = listen("kombu+memory://")
