@@ -147,7 +147,8 @@ class Telemetry:
         if self._worker is None:
             return None
         try:
-            self._worker.database.read(lambda tx: tx.execute("SELECT 1").fetchone())
+            # A row of the file: a statement without a table would not touch it.
+            self._worker.database.read(lambda tx: tx.execute("SELECT last FROM sequence").fetchone())
         except Closed:
             return None
         except Exception as exc:

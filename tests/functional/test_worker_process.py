@@ -382,7 +382,7 @@ def test_systemd_is_told(daemon: Daemon, systemd: socket.socket) -> None:
     assert daemon.process.wait(20) == 0
 
 
-def test_a_journal_that_hangs_is_no_longer_put_off(daemon: Daemon, systemd: socket.socket) -> None:
+def test_a_worker_that_hangs_puts_off_no_watchdog(daemon: Daemon, systemd: socket.socket) -> None:
     daemon.start()
     assert daemon.process is not None
     systemd.recv(1000)
