@@ -24,6 +24,7 @@ Tx = sqlite3.Connection
 """What work gets: execute statements on it, never commit."""
 
 _MOST_IN_ONE_COMMIT = 128
+_PASSING = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM})
 
 
 class Closed(BaseException):
@@ -80,6 +81,8 @@ class Database:
         connection = sqlite3.connect(self.path, timeout=10, check_same_thread=False, isolation_level=None)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA synchronous=FULL")
+        # Secrets that leave a row leave the file: SQLite zeroes what it frees (Debian's build does anyway).
+        connection.execute("PRAGMA secure_delete=ON")
         return connection
 
     def _identify(self) -> str:
@@ -155,7 +158,7 @@ class Database:
         try:
             work.result = work.func(self._writer)
         except BaseException as exc:  # whatever it is, it belongs to the writer whose work this is
-            work.error = exc
+            work.error = _translated(exc)
             self._writer.execute("ROLLBACK TO work")
         self._writer.execute("RELEASE work")
 
@@ -181,6 +184,13 @@ class Database:
         with self._writer_lock, self._reader_lock:
             self._writer.close()
             self._reader.close()
+
+
+def _translated(exc: BaseException) -> BaseException:
+    """What a full or failing disk says in the middle of a large transaction, as it would say at its commit."""
+    if isinstance(exc, sqlite3.Error) and getattr(exc, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+        return errors.StoreBusy(f"the journal cannot be written: {exc}")
+    return exc
 
 
 _META = """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 import stat
 import threading
 
@@ -36,6 +37,30 @@ def test_failed_work_is_rolled_back_alone(database):
     with pytest.raises(errors.InstanceExists):
         database.write(bad)
     assert count(database) == 0
+
+
+def test_disk_that_is_full_in_the_middle_of_a_transaction_may_have_room_later(database):
+    database._writer.execute("PRAGMA max_page_count=20")
+    with pytest.raises(errors.StoreBusy, match="full"):
+        database.write(lambda tx: tx.execute("INSERT INTO t VALUES (zeroblob(1000000))"))
+    database.write(lambda tx: tx.execute("INSERT INTO t VALUES (1)"))
+    assert count(database) == 1
+
+
+def test_what_is_deleted_leaves_the_file_whatever_sqlite_was_built_for(tmp_path, monkeypatch):
+    connect = sqlite3.connect
+
+    def careless(*args, **kwargs):
+        connection = connect(*args, **kwargs)
+        connection.execute("PRAGMA secure_delete=OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", careless)
+    database = Database(tmp_path / "j", (SCHEMA,))
+    database.write(lambda tx: tx.execute("INSERT INTO t VALUES (?)", ("a secret " * 500,)))
+    database.write(lambda tx: tx.execute("DELETE FROM t"))
+    database.close()
+    assert b"a secret" not in (tmp_path / "j").read_bytes()
 
 
 def test_concurrent_writers_share_commits_and_fail_alone(tmp_path):
