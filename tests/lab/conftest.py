@@ -16,6 +16,31 @@ from tests.lab.requirements import missing
 
 LOGS_VARIABLE = "LAB_LOGS"
 
+IN_MAKE_TEST = frozenset({
+    "test_lab.py::test_up_in_seconds_and_down_leaves_nothing",
+    "test_lab.py::test_cell_dies_with_its_maker[9]",
+    "test_lab.py::test_worker_process",
+    "test_lab.py::test_link_and_port_faults",
+    "test_guest.py::test_guest_boots_ticks_and_shuts_down",
+    "test_libvirt_driver.py::test_guests",
+    "test_libvirt_guest.py::test_libvirtd_killed_again_and_again",
+    "test_kill_real.py::test_worker_killed[start_paused-after_do-undefine-after_record]",
+    "test_kill_real.py::test_libvirtd_killed_inside_a_call[start_paused]",
+    "test_kill_real.py::test_qemu_killed",
+    "test_kill_real.py::test_rabbitmq_stopped[0.0]",
+    "test_kill_real.py::test_host_power_failure",
+})
+"""One real cell for each class of fault: what `make test` runs. The others are `lab_full`, for `make lab`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent != here or item.get_closest_marker("lab") is None:
+            continue
+        if f"{item.path.name}::{item.name}" not in IN_MAKE_TEST:
+            item.add_marker("lab_full")
+
 
 @pytest.fixture(scope="session")
 def lab_machine() -> None:

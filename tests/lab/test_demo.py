@@ -15,7 +15,7 @@ from tests.lab import demo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.lab_full
+@pytest.mark.lab
 @pytest.mark.timeout(400)
 def test_every_scene_is_good_and_nothing_stays(lab_machine: None, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "compute_worker.cmd.demo", "--real"]

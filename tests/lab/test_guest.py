@@ -99,7 +99,6 @@ def test_console_log_made_by_the_worker_stays_readable(
                                           user=WORKER_USER).stdout
 
 
-@pytest.mark.lab_full
 def test_console_log_after_roll_over(lab_machine: None, lab_guest: GuestImages) -> None:
     """The new console.log is root's alone; the worker's user still gets it, by libvirt's word."""
     with Cell(settings=Settings(nodes=1, console_log_bytes=64 * 1024), rabbit=False) as made:
@@ -120,7 +119,6 @@ def test_console_log_after_roll_over(lab_machine: None, lab_guest: GuestImages) 
             assert oracle.continuity_problems(oracle.read_console(node, UUID)) == []
 
 
-@pytest.mark.lab_full
 def test_bare_live_migration(cell: Cell, lab_guest: GuestImages) -> None:
     """Bare virsh migrate with its disk: the counter goes on at the other host, no tick twice."""
     one, two = cell["node1"], cell["node2"]

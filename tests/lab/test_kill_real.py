@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 BUILD, DELETE = "build_and_run_instance", "terminate_instance"
 KEEPALIVE_BYTES = 28
 """A question whether libvirtd lives; a call is longer."""
-full = pytest.mark.lab_full
 
 
 @pytest.fixture
@@ -51,15 +50,15 @@ def delete(host: KillHost, instance, deaths: int) -> None:
 @pytest.mark.parametrize(
     ("build_step", "build_point", "delete_step", "delete_point"),
     [
-        pytest.param("fetch_images", "after_do", "power_off", "before_do", marks=full),
-        pytest.param("create_disks", "after_do", "power_off", "after_do", marks=full),
-        pytest.param("plug_vifs", "before_record", "undefine", "before_do", marks=full),
-        pytest.param("define", "after_do", "undefine", "after_do", marks=full),
+        ("fetch_images", "after_do", "power_off", "before_do"),
+        ("create_disks", "after_do", "power_off", "after_do"),
+        ("plug_vifs", "before_record", "undefine", "before_do"),
+        ("define", "after_do", "undefine", "after_do"),
         ("start_paused", "after_do", "undefine", "after_record"),
-        pytest.param("wait_for_vifs", "before_do", "unplug_vifs", "after_do", marks=full),
-        pytest.param("commit", "before_record", "delete_files", "before_do", marks=full),
-        pytest.param("commit", "after_record", "delete_files", "after_do", marks=full),
-        pytest.param("resume_guest", "after_do", "delete_files", "after_record", marks=full),
+        ("wait_for_vifs", "before_do", "unplug_vifs", "after_do"),
+        ("commit", "before_record", "delete_files", "before_do"),
+        ("commit", "after_record", "delete_files", "after_do"),
+        ("resume_guest", "after_do", "delete_files", "after_record"),
     ],
 )
 def test_worker_killed(
@@ -74,7 +73,6 @@ def test_worker_killed(
     delete(host, instance, deaths=2)
 
 
-@full
 @pytest.mark.parametrize("step", ["create_disks", "fetch_images"])
 def test_worker_killed_while_a_build_is_undone(host: KillHost, step: str) -> None:
     """A bridge is missing: the build is undone, and the worker dies on the way back, too."""
@@ -91,7 +89,7 @@ def test_worker_killed_while_a_build_is_undone(host: KillHost, step: str) -> Non
     host.stop()
 
 
-@pytest.mark.parametrize("step", [pytest.param("define", marks=full), "start_paused"])
+@pytest.mark.parametrize("step", ["define", "start_paused"])
 def test_libvirtd_killed_inside_a_call(host: KillHost, step: str) -> None:
     """libvirtd is stopped, the worker calls it, libvirtd is killed: the call is lost, the build is not."""
     point = at(BUILD, step, "before_do")
@@ -112,7 +110,6 @@ def test_libvirtd_killed_inside_a_call(host: KillHost, step: str) -> None:
     delete(host, instance, deaths=0)
 
 
-@full
 def test_libvirtd_killed_while_qemu_starts(host: KillHost) -> None:
     """The moment qemu's process is there: whether libvirtd keeps it or not, one copy runs in the end."""
     host.start()
@@ -127,7 +124,6 @@ def test_libvirtd_killed_while_qemu_starts(host: KillHost) -> None:
     delete(host, instance, deaths=0)
 
 
-@full
 def test_libvirtd_killed_inside_a_delete(host: KillHost) -> None:
     point = at(DELETE, "undefine", "before_do")
     host.start(hold_at=point)
@@ -160,7 +156,6 @@ def test_qemu_killed(host: KillHost) -> None:
     delete(host, instance, deaths=0)
 
 
-@full
 def test_qemu_killed_before_the_commit(host: KillHost) -> None:
     """The guest dies between its start and the COMMIT: it runs in the end, and booted once."""
     point = at(BUILD, "commit", "before_record")
@@ -176,7 +171,7 @@ def test_qemu_killed_before_the_commit(host: KillHost) -> None:
     delete(host, instance, deaths=0)
 
 
-@pytest.mark.parametrize("seconds", [0.0, pytest.param(20.0, marks=full)])
+@pytest.mark.parametrize("seconds", [0.0, 20.0])
 def test_rabbitmq_stopped(host: KillHost, seconds: float) -> None:
     """The broker is away, for at least so long, while a build and a stop run: both end without it, and are told of."""
     point = at(BUILD, "define", "before_do")
@@ -214,7 +209,6 @@ def test_host_power_failure(host: KillHost) -> None:
     delete(host, instance, deaths=1)
 
 
-@full
 @pytest.mark.parametrize("step", ["create_disks", "start_paused", "resume_guest"])
 def test_host_power_failure_in_a_build(host: KillHost, step: str) -> None:
     """The host goes down in the middle of a build, also after its COMMIT: the build ends with a guest that runs."""
@@ -236,7 +230,6 @@ def test_host_power_failure_in_a_build(host: KillHost, step: str) -> None:
     delete(host, instance, deaths=1)
 
 
-@full
 def test_worker_killed_in_a_clean_stop(host: KillHost) -> None:
     """Killed after the guest went down and before that was recorded: it is off, by its own doing, and boots again."""
     host.start(kill_at=at("stop_instance", "power_off", "after_do"))

@@ -45,7 +45,6 @@ def run_inside(cell: Cell, what: str, seconds: float) -> int:
         node.path(report).unlink(missing_ok=True)
 
 
-@pytest.mark.lab_full
 def test_contract_refusals(cell: Cell, images: None) -> None:
     assert run_inside(cell, "contract_on_libvirt.py::TestRefusals", 100) >= 9
 
@@ -55,7 +54,6 @@ def test_guests(cell: Cell, images: None) -> None:
     assert run_inside(cell, "guests_on_libvirt.py", 280) >= 5
 
 
-@pytest.mark.lab_full
 @pytest.mark.timeout(300)
 def test_console_that_is_root_s_alone(cell: Cell, lab_guest: GuestImages) -> None:
     """What virtlogd makes when it rolls a console over: the worker reads it by way of libvirt, and leaves no pool."""
@@ -74,7 +72,6 @@ def test_console_that_is_root_s_alone(cell: Cell, lab_guest: GuestImages) -> Non
         host.stop()
 
 
-@pytest.mark.lab_full
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("contract", "count"), [("Spawn", 30), ("Lifecycle", 14), ("Facts", 11)])
 def test_contract(cell: Cell, images: None, contract: str, count: int) -> None:

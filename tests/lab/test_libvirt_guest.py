@@ -257,7 +257,6 @@ def test_qemu_killed_is_a_crash(cell: Cell, lab_guest: GuestImages) -> None:
         wait_for_ticks(node, 1)
 
 
-@pytest.mark.lab_full
 def test_qemu_that_hangs_is_busy_not_gone(cell: Cell, lab_guest: GuestImages) -> None:
     """libvirtd answers other calls; those on the guest say busy (after libvirt's 30 s); destroy ends it."""
     node = cell["node1"]
@@ -287,7 +286,6 @@ def test_qemu_that_hangs_is_busy_not_gone(cell: Cell, lab_guest: GuestImages) ->
         assert [type(one) for one in raised] == [errors.HypervisorBusy, errors.GuestFailed]
 
 
-@pytest.mark.lab_full
 def test_a_full_disk_pauses_the_guest_and_says_why(cell: Cell, lab_guest: GuestImages) -> None:
     node = cell["node1"]
     with faults.disk_of(node, 8), connected(node) as (host, received):
@@ -322,7 +320,6 @@ def block_event(received: list[Event], job: str, status: str) -> bool:
     return any(isinstance(e, events.BlockJobEvent) and (e.device, e.job, e.status) == wanted for e in received)
 
 
-@pytest.mark.lab_full
 def test_block_jobs_backup_and_freeze(cell: Cell, lab_guest: GuestImages) -> None:
     node = cell["node1"]
     overlay = raw_disk()
@@ -379,7 +376,6 @@ MOVE = (
 )  # fmt: skip
 
 
-@pytest.mark.lab_full
 def test_migration_abort_peer_lost_and_done(cell: Cell, lab_guest: GuestImages) -> None:
     one, two = cell["node1"], cell["node2"]
     put(two, lab_guest.data_raw, "disk")

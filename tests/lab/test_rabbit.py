@@ -53,7 +53,6 @@ def test_relay_reaches_the_hub_from_this_process(cell: Cell) -> None:
         assert sock.connect_ex(("127.0.0.1", relay.port)) != 0
 
 
-@pytest.mark.lab_full
 def test_local_broker_with_users_and_permissions(lab_machine: None, tmp_path: Path) -> None:
     """On 127.0.0.1 beside everything else; a user may use only what it was given."""
     rabbit = Rabbit.local(tmp_path / "mq")
