@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import msgspec
@@ -103,6 +103,11 @@ class Recovery:
     def __init__(self, core: Core, operations: Operations) -> None:
         self._core = core
         self._operations = operations
+        self._interrupted: set[str] | None = None
+
+    def is_interrupted(self, instance: str) -> bool:
+        """Whether the host went down under an operation on it: when that has ended, compare before it is recorded."""
+        return self._interrupted is not None and instance in self._interrupted
 
     def compare(self) -> dict[str, tuple[Action, str]]:
         """Look at every instance and every stranger, act, and return what was decided by uuid.
@@ -111,24 +116,30 @@ class Recovery:
         """
         boot_id = self._core.driver.get_available_resource().boot_id
         rebooted = bool(boot_id) and self._core.database.read(_last_boot) not in (None, boot_id)
+        # Once for each instance; a guest that stopped after that stopped by itself.
+        since = self._interrupted if rebooted else set()
+        interrupted: set[str] = set()
         before = {instance.uuid: instance.seq for instance in self._core.store.list()}
         guests = {guest.uuid: guest for guest in self._core.driver.list_instances()}
         busy = {e.instance for e in self._core.database.read(journal.open_entries)}
         known = self._core.store.list()
-        decided = {
-            i.uuid: self._guest(i, guests.get(i.uuid), i.uuid in busy, rebooted, before.get(i.uuid)) for i in known
-        }
+        decided = {}
+        for i in known:
+            facts = self._facts(i, guests.get(i.uuid), i.uuid in busy, rebooted and (since is None or i.uuid in since))
+            decided[i.uuid] = self._guest(i, facts, before.get(i.uuid))
+            if facts.busy and decide_guest(replace(facts, busy=False))[0] is Action.START:
+                interrupted.add(i.uuid)
         decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid})
-        self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
+        self._interrupted = interrupted
+        if not interrupted:
+            self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
         for instance, (action, why) in decided.items():
             if action is not Action.NOTHING:
                 LOG.warning("instance %s: %s: %s", instance, action, why)
         return decided
 
-    def _guest(
-        self, instance: Instance, guest: GuestInfo | None, busy: bool, rebooted: bool, seq: int | None
-    ) -> tuple[Action, str]:
-        facts = GuestFacts(
+    def _facts(self, instance: Instance, guest: GuestInfo | None, busy: bool, rebooted: bool) -> GuestFacts:
+        return GuestFacts(
             vm_state=instance.vm_state,
             power=guest.power_state if guest else PowerState.NOSTATE,
             busy=busy,
@@ -136,6 +147,8 @@ class Recovery:
             resume_wanted=self._core.settings.compute.resume_guests_state_on_host_boot,
             migrating=guest.migrating if guest else False,
         )
+
+    def _guest(self, instance: Instance, facts: GuestFacts, seq: int | None) -> tuple[Action, str]:
         action, why = decide_guest(facts)
         if action is Action.START:
             self._start(instance)

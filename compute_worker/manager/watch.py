@@ -112,6 +112,9 @@ class Watch:
         self._compared.set()
 
     def _one(self, uuid: str) -> None:
+        if self._recovery.is_interrupted(uuid):
+            self._compare()
+            return
         instance = self._core.database.read(lambda tx: self._idle(tx, uuid))
         if instance is None:
             return

@@ -11,7 +11,9 @@ import pytest
 from compute_worker import errors
 from compute_worker.manager.recovery import Action
 from compute_worker.objects import ExternalEvent
+from compute_worker.operations.executor import Point
 from compute_worker.states import OperationState, PowerState, VmState
+from compute_worker.virt.driver import NullJob
 from tests.manager.machine import VIF, Machine, make_instance, quiet_deaths
 from tests.waiting import wait_for
 
@@ -110,6 +112,25 @@ def test_host_reboot_starts_what_was_paused(machine):
     wait_for(lambda: machine.instance(UUID).vm_state is VmState.ACTIVE, what="the record to say so")
 
 
+def test_host_reboot_starts_what_ran_when_the_operation_it_interrupted_is_over(machine):
+    boot(machine)
+    machine.die_at = ("suspend_instance", "suspend", "do", Point.BEFORE_DO)
+    operation = machine.send("suspend_instance", UUID)
+    assert machine.dead.wait(10)
+    machine.host.power_failure()
+    machine.host.power_restore()
+    machine.restart()
+    assert machine.outcome(operation).state is OperationState.UNDONE
+    wait_for(lambda: machine.host.running(UUID), what="the guest to be started again")
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.ACTIVE, what="the record to say so")
+    machine.driver.power_off(machine.instance(UUID), NullJob())
+    wait_for(lambda: machine.instance(UUID).vm_state is VmState.STOPPED, what="a later shutdown on record")
+    machine.kill()
+    machine.restart()
+    machine.worker.watch.compared.wait(5)
+    assert machine.host.effects[UUID, "boot"] == 2
+
+
 def test_restart_of_the_worker_alone_starts_nothing(machine):
     boot(machine)
     machine.kill()
@@ -149,15 +170,16 @@ def test_lost_journal_is_rebuilt_from_what_stands_beside_the_disks(machine):
 
 
 def test_what_is_built_while_the_hypervisor_is_asked_is_no_stranger(machine, monkeypatch):
+    machine.worker.watch.stop()
     real = machine.driver.list_records
     monkeypatch.setattr(machine.driver, "list_records", lambda: [boot(machine)] and real())
-    wait_for(machine.worker.watch._queue.empty, what="the comparison at start")
     decided = machine.worker.recovery.compare()
     assert decided[UUID][0] is Action.NOTHING
     assert machine.instance(UUID).launched_at is not None
 
 
 def test_what_is_undone_while_the_hypervisor_is_asked_is_not_adopted(machine, monkeypatch):
+    machine.worker.watch.stop()
     real = machine.driver.list_records
 
     def late():
