@@ -254,6 +254,8 @@ def test_cve_2019_14433_a_fault_names_no_path_of_this_host(cell: WatchedCell, er
         # The operator is told where; only the instance's owner is not.
         assert ended.error is not None and ("/var" in ended.error["message"] or "/srv" in ended.error["message"])
         assert record.fault != ended.error["message"]
+    else:
+        assert ended.error is not None and "/var" not in ended.error["message"]
 
 
 def test_a_fault_keeps_what_is_no_path(cell: WatchedCell) -> None:

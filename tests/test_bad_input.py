@@ -208,7 +208,7 @@ CHANGED: dict[str, dict[str, Any]] = {
 def own(tmp_path: Any) -> Iterator[WatchedCell]:
     """A cell whose state may be changed."""
     short = {"shutdown_timeout": 0.2, "soft_reboot_timeout": 1.0}
-    with WatchedCell(tmp_path / "own", "host1", "host2", compute=short) as made:
+    with WatchedCell(tmp_path, "host1", "host2", compute=short) as made:
         made.populate()
         made.settle()
         yield made

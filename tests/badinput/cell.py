@@ -146,7 +146,7 @@ class WatchedCell(EmbeddedCell):
         return found
 
     def settle(self) -> None:
-        """Until no operation is open and every record agrees with its guest."""
+        """Until no operation is open, every record agrees with its guest, and all that is to be told was heard."""
 
         def quiet() -> bool:
             return all(
@@ -156,7 +156,16 @@ class WatchedCell(EmbeddedCell):
                 for w in self.workers.values()
             )
 
+        def told(tx: Any) -> int:
+            sql = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'outbox'"
+            return int(tx.execute(sql).fetchone()[0])
+
+        def heard() -> bool:
+            ever = sum(w.manager.database.read(told) for w in self.workers.values())
+            return sum(event != "host.state" for _, event, _ in list(self.heard.seen)) == ever
+
         wait_for(quiet, what="both hosts to be at rest")
+        wait_for(heard, what="every notification")
 
 
 def _of(worker: Worker, journal: bool) -> dict[str, Any]:
