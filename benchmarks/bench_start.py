@@ -1,4 +1,4 @@
-"""Start-up time of a worker, to READY=1 and to a healthy answer, and its size: memory and threads, at rest and after."""
+"""Start-up time of a worker, to READY=1 and to a healthy answer, and its memory and threads, at rest and after work."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from compute_worker.virt.fake import FakeDriver
 from compute_worker.virt.simulated import ImageShelf, SimulatedCell, SimulatedHost
 from compute_worker.virt.simulated import disk as disk_module
 from compute_worker.virt.simulated.cell import default_cell
+from compute_worker.virt.simulated.connection import Connection
 from compute_worker.virt.simulated.images import HEAD_BYTES
 from compute_worker.virt.simulated.model import Domain, File, Memory, Slot
 from tests.virt.jobs import RecordingJob
@@ -128,6 +129,37 @@ def test_torn_last_line_is_dropped(tmp_path: Path) -> None:
     with (tmp_path / "host" / "log").open("ab") as log:
         log.write(b'S{"uuid":"torn')
     assert set(reopened(tmp_path).slots) == {UUID}
+
+
+def test_what_is_done_in_one_call_is_kept_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A guest is suspended: wherever the log is cut, the effect and the new state are both there, or neither."""
+    host = reopened(tmp_path)
+    domain = Domain(UUID, power=PowerState.RUNNING, memory=Memory("t"))
+    host.changed(Slot(UUID, domain))
+    log = tmp_path / "host" / "log"
+    before = log.stat().st_size
+    connection = Connection(host)
+    with connection.call("suspend", UUID):
+        host.effect(UUID, "suspend")
+        domain.saved = domain.memory
+        host.power(domain, PowerState.SUSPENDED, "saved")
+        assert log.stat().st_size == before, "nothing is kept before the call has ended"
+    whole = log.read_bytes()
+    states = set()
+    for cut in range(before, len(whole) + 1):
+        log.write_bytes(whole[:cut])
+        again = reopened(tmp_path)
+        states.add((again.effects[UUID, "suspend"], again.power_of(UUID)))
+        again.close()
+    assert states == {(0, PowerState.RUNNING), (1, PowerState.SUSPENDED)}
+
+
+def test_what_a_failing_call_has_done_is_kept(tmp_path: Path) -> None:
+    host = reopened(tmp_path)
+    with pytest.raises(OSError), Connection(host).call("write", UUID):
+        host.write(UUID, {"disk": File(b"half")})
+        raise OSError("the rest")
+    assert reopened(tmp_path).slots[UUID].directories[""]["disk"].data == b"half"
 
 
 def test_log_is_written_anew_when_it_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ class Connection:
     def call(self, name: str, uuid: str = "", job: Job = _NULL_JOB, files: bool = False) -> Iterator[SimulatedHost]:
         """One call of the host: latency, faults due before, the work (under the cell's lock), faults due after.
 
+        A death of the process leaves all of the work done or nothing, as where the hypervisor is another process.
+
         :param files: work on files alone, which goes on when the hypervisor is down.
         """
         host = self.host
@@ -52,7 +54,7 @@ class Connection:
         stall = host.faults.strike(name, uuid, BEFORE)
         if stall is not None:
             self.hang(stall, job, files)
-        with host.cell.lock:
+        with host.cell.lock, host.together():
             self.check(files)
             yield host
         host.faults.strike(name, uuid, AFTER)

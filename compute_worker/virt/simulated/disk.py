@@ -8,6 +8,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from compute_worker.virt.simulated.model import File, Slot
 
 MAX_LOG_BYTES = 64 << 20
+END = b"."
 
 _encode = msgspec.json.Encoder().encode
 _slot_decoder = msgspec.json.Decoder(Slot)
@@ -24,8 +26,9 @@ _base_decoder = msgspec.json.Decoder(dict[str, File])
 class Persistence:
     """What a host has of instances, base images and effects, and each change of it as a line of ``<directory>/log``.
 
-    A process may be killed at any point: a line is there or it is not (a torn last one is dropped). A simulated host
-    is not kept over a crash of the real one: nothing is fsynced. One process at a time owns a directory.
+    A process may be killed at any point: what was changed :meth:`together` is there or it is not (lines count once a
+    line ``.`` follows them). A simulated host is not kept over a crash of the real one: nothing is fsynced. One process
+    at a time owns a directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -37,11 +40,24 @@ class Persistence:
         self._path = directory / "log"
         self._fd = -1
         self._size = 0
+        self._depth = 0
+        self._lines_together: list[bytes] = []
         if self._path.exists():
             self._load()
         if not self.boot_id:
             self.boot_id = str(uuid.uuid4())
         self._compact()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Keep all changes made within, or none; nested ones go with the outermost. Under the cell's lock."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._flush()
 
     def save_slot(self, slot: Slot) -> None:
         """The slot as it is now; an empty one goes."""
@@ -67,31 +83,45 @@ class Persistence:
         self._fd = -1
 
     def _append(self, line: bytes) -> None:
+        self._lines_together.append(line)
+        if not self._depth:
+            self._flush()
+
+    def _flush(self) -> None:
+        lines, self._lines_together = self._lines_together, []
         if self._size > MAX_LOG_BYTES:
-            self._compact()  # what the line would say is in it
-            return
-        self._size += _write(self._fd, line + b"\n")
+            self._compact()  # what the lines would say is in it
+        elif lines:
+            self._size += _write(self._fd, _whole(lines))
 
     def _load(self) -> None:
-        for line in self._path.read_bytes().split(b"\n")[:-1]:
-            kind, rest = line[:1], line[1:]
-            if kind == b"S":
-                slot = _slot_decoder.decode(rest)
-                self.slots[slot.uuid] = slot
-            elif kind == b"D":
-                self.slots.pop(rest.decode(), None)
-            elif kind == b"B":
-                self.base = _base_decoder.decode(rest)
-            elif kind == b"E":
-                subject, effect, count = rest.decode().rsplit(" ", 2)
-                self.effects[subject, effect] += int(count)
-            else:
-                self.boot_id = rest.decode()
+        waiting: list[bytes] = []
+        for line in self._path.read_bytes().split(b"\n"):
+            if line != END:
+                waiting.append(line)
+                continue
+            for change in waiting:
+                self._apply(change[:1], change[1:])
+            waiting.clear()
+
+    def _apply(self, kind: bytes, rest: bytes) -> None:
+        if kind == b"S":
+            slot = _slot_decoder.decode(rest)
+            self.slots[slot.uuid] = slot
+        elif kind == b"D":
+            self.slots.pop(rest.decode(), None)
+        elif kind == b"B":
+            self.base = _base_decoder.decode(rest)
+        elif kind == b"E":
+            subject, effect, count = rest.decode().rsplit(" ", 2)
+            self.effects[subject, effect] += int(count)
+        else:
+            self.boot_id = rest.decode()
 
     def _compact(self) -> None:
         part = self._path.with_suffix(".part")
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = sum(_write(fd, line + b"\n") for line in self._lines())
+        self._size = sum(_write(fd, _whole([line])) for line in self._lines())
         os.replace(part, self._path)
         if self._fd >= 0:
             os.close(self._fd)
@@ -104,6 +134,10 @@ class Persistence:
             yield b"S" + _encode(slot)
         for (subject, effect), count in self.effects.items():
             yield f"E{subject} {effect} {count}".encode()
+
+
+def _whole(lines: list[bytes]) -> bytes:
+    return b"\n".join([*lines, END, b""])
 
 
 def _write(fd: int, data: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from compute_worker.errors import DiskFull
 from compute_worker.virt.simulated.disk import Persistence
@@ -42,6 +43,10 @@ class HostFiles:
     def slot(self, uuid: str) -> Slot:
         """Everything of one instance; empty where there is nothing."""
         return self.slots.get(uuid) or Slot(uuid=uuid)
+
+    def together(self) -> AbstractContextManager[None]:
+        """A death of the process leaves all changes made within, or none of them."""
+        return self._persistence.together() if self._persistence is not None else nullcontext()
 
     def changed(self, slot: Slot) -> None:
         """Keep ``slot`` as it is now."""

@@ -212,7 +212,7 @@ class SimulatedHost(HostFiles):
 
     def guest_shutdown(self, uuid: str, memory: Memory | None = None) -> None:
         """Guest: it shuts itself down (only while it has ``memory``, where that is given)."""
-        with self.cell.lock:
+        with self.cell.lock, self.together():
             domain = self.domain(uuid)
             if domain is None or domain.power is not PowerState.RUNNING:
                 return
