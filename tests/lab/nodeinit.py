@@ -94,7 +94,7 @@ def step_expose(stage: str, paths: list[str], private: list[str]) -> None:
     system, in which only these paths appear.  So is each of `private` (/tmp): the host's own.
     """
     mount("expose", stage, "tmpfs", 0, "mode=755,size=64k")
-    covered: dict[str, list[tuple[str, str]]] = {name: [] for name in private}
+    covered: dict[str, list[tuple[int, str]]] = {name: [] for name in private}
     for number, path in enumerate(sorted(set(paths))):
         closed = closed_ancestor(os.path.realpath(path), private)
         closed = closed or closed_ancestor(path, private)
@@ -102,15 +102,19 @@ def step_expose(stage: str, paths: list[str], private: list[str]) -> None:
             holder = os.path.join(stage, str(number))
             os.mkdir(holder)
             mount(os.path.realpath(path), holder, None, MS_BIND | MS_REC)
-            covered.setdefault(closed, []).append((holder, path))
+            # Held open: the stage itself may be below what is covered next.
+            held_open = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
+            covered.setdefault(closed, []).append((held_open, path))
             if os.path.realpath(path) != path:
-                covered[closed].append((holder, os.path.realpath(path)))
+                covered[closed].append((held_open, os.path.realpath(path)))
     for closed, held in sorted(covered.items()):
         options = "mode=1777" if closed in private else "mode=755,size=64k"
         mount("expose", closed, "tmpfs", 0, options)
-        for holder, path in held:
+        for held_open, path in held:
             os.makedirs(path, exist_ok=True)
-            mount(holder, path, None, MS_BIND | MS_REC)
+            mount(f"/proc/self/fd/{held_open}", path, None, MS_BIND | MS_REC)
+    for held_open in {held_open for held in covered.values() for held_open, _ in held}:
+        os.close(held_open)
 
 
 STEPS: dict[str, Callable[..., None]] = {
