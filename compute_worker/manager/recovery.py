@@ -17,7 +17,7 @@ from compute_worker import errors
 from compute_worker.manager import delete, power
 from compute_worker.manager.core import Core, Wish, accept
 from compute_worker.messages import Context
-from compute_worker.objects import Instance
+from compute_worker.objects import Flavor, ImageMeta, Instance
 from compute_worker.operations import journal
 from compute_worker.operations.database import Tx
 from compute_worker.operations.service import Admit, Operations
@@ -54,6 +54,7 @@ class GuestFacts:
     host_rebooted: bool
     resume_wanted: bool
     migrating: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,6 @@ class StrangerFacts:
     has_record: bool
     owner: str | None
     this_host: str
-    running: bool
 
 
 def decide_guest(facts: GuestFacts) -> tuple[Action, str]:
@@ -73,6 +73,8 @@ def decide_guest(facts: GuestFacts) -> tuple[Action, str]:
         return Action.NOTHING, "an open operation goes on with it"
     if facts.migrating:
         return Action.NOTHING, "a migration of it is in flight"
+    if facts.silent:
+        return Action.NOTHING, "the hypervisor has it and cannot say how it is"
     if EXPECTED_POWER.get(facts.vm_state) is facts.power:
         return Action.NOTHING, "as recorded"
     lost = facts.power in (PowerState.SHUTDOWN, PowerState.CRASHED, PowerState.NOSTATE)
@@ -146,6 +148,7 @@ class Recovery:
             host_rebooted=rebooted,
             resume_wanted=self._core.settings.compute.resume_guests_state_on_host_boot,
             migrating=guest.migrating if guest else False,
+            silent=guest.silent if guest else False,
         )
 
     def _guest(self, instance: Instance, facts: GuestFacts, seq: int | None) -> tuple[Action, str]:
@@ -183,13 +186,12 @@ class Recovery:
                 has_record=record is not None,
                 owner=owner,
                 this_host=self._core.host,
-                running=guest is not None and guest.power_state is PowerState.RUNNING,
             )
             action, why = decide_stranger(facts)
             if action is Action.ADOPT and record is not None and not self._adopt(record, guest):
                 action, why = Action.NOTHING, "an operation began with it while the hypervisor was asked"
-            elif action is Action.DELETE and record is not None:
-                self._delete(record)
+            elif action is Action.DELETE:
+                self._delete(record or nameless(stranger))
             decided[stranger] = (action, why)
         return decided
 
@@ -216,6 +218,11 @@ class Recovery:
             return delete.admit(self._core, tx, record.uuid)
 
         self._command("terminate_instance", record.uuid, admit)
+
+
+def nameless(uuid_: str) -> Instance:
+    """A record for what is left of an instance of which only the uuid is known: enough to remove it."""
+    return Instance(uuid=uuid_, flavor=Flavor(vcpus=1, memory_mb=16), image=ImageMeta(id="unknown"))
 
 
 def record_observed(

@@ -69,9 +69,15 @@ class Lanes:
             return True
 
     def wait_below(self, limit: int, timeout: float) -> bool:
-        """Wait until the backlog is below ``limit``, at most ``timeout`` seconds; whether it is."""
+        """Wait until fewer than ``limit`` jobs are to be done now, at most ``timeout`` seconds; whether it is so.
+
+        What is parked is not to be done now: it waits for something else, and nobody shall wait for it.
+        """
         with self._lock:
-            return self._progress.wait_for(lambda: self._stopped or self._backlog < limit, timeout)
+            return self._progress.wait_for(lambda: self._stopped or self._backlog - self._put_off() < limit, timeout)
+
+    def _put_off(self) -> int:
+        return sum(len(lane.jobs) for _, _, lane in self._parked)
 
     def stop(self, timeout: float) -> bool:
         """Take no more jobs; let what waits and runs end within ``timeout`` seconds, and forget what is parked.

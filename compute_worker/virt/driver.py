@@ -96,6 +96,8 @@ class GuestInfo:
     """The hypervisor's word for why it is in this state."""
     migrating: bool = False
     """Whether a migration of it is in flight here (outgoing or incoming)."""
+    silent: bool = False
+    """Whether the hypervisor has it and cannot say how it is: only ``uuid`` and ``reason`` count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from compute_worker.states import EXPECTED_POWER, PowerState, VmState
 P, V = PowerState, VmState
 
 
-def guest(vm_state, power, busy=False, rebooted=False, resume=True, migrating=False):
-    return decide_guest(GuestFacts(vm_state, power, busy, rebooted, resume, migrating))
+def guest(vm_state, power, busy=False, rebooted=False, resume=True, migrating=False, silent=False):
+    return decide_guest(GuestFacts(vm_state, power, busy, rebooted, resume, migrating, silent))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,8 @@ def guest(vm_state, power, busy=False, rebooted=False, resume=True, migrating=Fa
         ((V.ACTIVE, P.SHUTDOWN, True, True), Action.NOTHING),
         ((V.ACTIVE, P.PAUSED, False, False, True, True), Action.NOTHING),
         ((V.PAUSED, P.RUNNING), Action.RECORD),
+        ((V.ACTIVE, P.NOSTATE, False, False, True, False, True), Action.NOTHING),
+        ((V.ACTIVE, P.NOSTATE, False, True, True, False, True), Action.NOTHING),
     ],
 )
 def test_decide_guest(facts, action):
@@ -70,5 +72,5 @@ def test_a_guest_is_never_started_but_after_a_reboot_and_never_while_busy():
     ],
 )
 def test_decide_stranger(deleted, record, owner, action):
-    decided, why = decide_stranger(StrangerFacts(deleted, record, owner, "node1", running=True))
+    decided, why = decide_stranger(StrangerFacts(deleted, record, owner, "node1"))
     assert decided is action and why

@@ -211,10 +211,11 @@ def test_what_another_host_owns_is_left_alone(machine):
     assert machine.host.running(UUID)
 
 
-def test_leftovers_of_a_deleted_instance_are_removed_at_start(machine):
+@pytest.mark.parametrize("record", [True, False])
+def test_leftovers_of_a_deleted_instance_are_removed_at_start(machine, record):
     boot(machine)
-    machine.kill()
-    machine.restart()
+    if not record:
+        machine.host.slots[UUID].directories.clear()
     store, database = machine.worker.core.store, machine.worker.database
     database.write(lambda tx: (store.bury(tx, UUID), store.remove(tx, UUID)))
     machine.kill()

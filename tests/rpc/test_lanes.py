@@ -127,3 +127,18 @@ def test_threads_are_started_only_when_needed() -> None:
         wait_for(lambda: lanes._idle, what="the thread to be idle")
     assert lanes._started == 1
     assert lanes.stop(5)
+
+
+def test_what_is_parked_holds_up_nobody() -> None:
+    lanes, parked = Lanes(1, "t"), threading.Event()
+
+    def park() -> float:
+        parked.set()
+        return 60.0
+
+    lanes.submit("a", park)
+    lanes.submit("a", lambda: None)
+    assert parked.wait(5)
+    assert lanes.wait_below(1, 5)
+    assert lanes.backlog == 2
+    assert lanes.stop(5)

@@ -13,6 +13,7 @@ from pathlib import Path
 from compute_worker import errors
 from compute_worker.config import Settings
 from compute_worker.objects import Diagnostics, DiskInfo, Instance
+from compute_worker.states import PowerState
 from compute_worker.virt.driver import (
     DriverEvent,
     EventKind,
@@ -152,6 +153,9 @@ class LibvirtDriver(Unsupported):
                 yield self._info(guest)
             except errors.InstanceNotFound:
                 LOG.debug("instance %s went away while it was looked at", guest.uuid)
+            except (errors.HypervisorBusy, errors.Broken) as exc:
+                # One guest whose qemu hangs must not keep all others from being looked at.
+                yield GuestInfo(guest.uuid, PowerState.NOSTATE, reason=str(exc), silent=True)
 
     def _info(self, guest: Guest) -> GuestInfo:
         state, record = guest.state(), guest.metadata()
@@ -175,6 +179,8 @@ class LibvirtDriver(Unsupported):
                     found.append(Leftover(guest.uuid, "domain", guest.name()))
             except errors.InstanceNotFound:
                 LOG.debug("instance %s went away while it was looked at", guest.uuid)
+            except (errors.HypervisorBusy, errors.Broken) as exc:
+                LOG.warning("instance %s is left out of what is left over: %s", guest.uuid, exc)
         return found
 
     def list_records(self) -> list[Instance]:
