@@ -34,11 +34,6 @@ class Context:
     user: str | None = None
     project: str | None = None
 
-    @property
-    def is_cast(self) -> bool:
-        """Whether nobody waits for an answer, so that a refusal must be notified."""
-        return self.inbox is not None
-
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -99,13 +99,11 @@ class OperationState(StrEnum):
 class Command:
     """When a command may come, and what the instance says meanwhile.
 
-    ``preempts``: it does not wait for the instance's lock; it cancels what holds it.
     ``settled_in``: the vm state in which the command has nothing to do and is accepted as done.
     """
 
     vm_states: frozenset[VmState]
     task_state: TaskState
-    preempts: bool = False
     settled_in: VmState | None = None
 
 
@@ -118,7 +116,7 @@ _T = TaskState
 _ANY = frozenset(VmState) - {VmState.DELETED}
 
 COMMANDS: Mapping[str, Command] = {
-    "terminate_instance": Command(_ANY, _T.DELETING, preempts=True),
+    "terminate_instance": Command(_ANY, _T.DELETING),
     "start_instance": Command(_in(_V.STOPPED, _V.ERROR, _V.ACTIVE), _T.POWERING_ON, settled_in=_V.ACTIVE),
     "stop_instance": Command(
         _in(_V.ACTIVE, _V.PAUSED, _V.ERROR, _V.STOPPED), _T.POWERING_OFF, settled_in=_V.STOPPED

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from compute_worker.messages import Context, MessageKind, command, messages_of, query
 from compute_worker.objects import Accepted, Instance, Uuid
 
@@ -71,8 +69,3 @@ def test_method_comes_along_and_works() -> None:
 def test_exposed_to_the_access_policy() -> None:
     assert Endpoint.start.exposed is True  # type: ignore[attr-defined]
     assert not hasattr(Endpoint.helper, "exposed")
-
-
-@pytest.mark.parametrize(("inbox", "cast"), [(None, False), ("row-1", True)])
-def test_context_knows_whether_anyone_waits(inbox: str | None, cast: bool) -> None:
-    assert Context("r", "m", inbox=inbox).is_cast is cast

@@ -1,4 +1,4 @@
-"""What a worker does when it starts: compare what the journal says with what the hypervisor says.
+"""What a worker does when it starts, and now and then: compare what the journal says with what the hypervisor says.
 
 The decisions are pure (:func:`decide_guest`, :func:`decide_stranger`); :class:`Recovery` carries them out. Open
 operations are not decided here: they go on by themselves, and their instances are left to them.

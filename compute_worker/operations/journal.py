@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from compute_worker import objects
-from compute_worker.operations.database import Database, Tx, next_seq
+from compute_worker.operations.database import Tx, next_seq
 from compute_worker.operations.schema import OPEN_SQL
 from compute_worker.states import OperationState
 
@@ -304,13 +304,3 @@ def view(entry: Entry, steps: list[StepEntry], host: str, journal_id: str) -> ob
         journal_id=journal_id,
         seq=entry.seq,
     )
-
-
-def find(database: Database, uuid: str, host: str) -> objects.Operation | None:
-    """The newest operation of ``uuid`` with its steps, as callers see it."""
-
-    def look(tx: Tx) -> objects.Operation | None:
-        entry = by_uuid(tx, uuid)
-        return view(entry, steps_of(tx, entry.id), host, database.journal_id) if entry else None
-
-    return database.read(look)

@@ -254,7 +254,7 @@ class ComputeDriver(abc.ABC):
     @abc.abstractmethod
     def spawn(self, instance: Instance, request: SpawnRequest) -> list[Part]:
         """Parts that make the guest and leave it *paused*: images fetched, disks made, interfaces plugged, defined,
-        started. All undone, nothing of the instance is left (cached base images stay). :meth:`unpause` lets it go.
+        started. All undone, nothing of the instance is left (cached base images stay). :meth:`power_on` lets it go.
         """
 
     @abc.abstractmethod

@@ -134,7 +134,7 @@ def test_context_takes_ids_and_replaces_what_could_spoil_a_log() -> None:
         context = wire.context_of({"request_id": bad, "user_id": bad}, "m", inbox=False)
         assert context.request_id.startswith("req-")
         assert context.user is None
-        assert not context.is_cast
+        assert context.inbox is None
 
 
 @pytest.mark.parametrize(
