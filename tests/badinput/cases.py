@@ -130,12 +130,15 @@ def _sense() -> Iterator[Case]:
     yield Case("image wants more memory", BUILD, build("image.min_ram_mb", 65), e.InvalidCommand, "memory")
     for resource, value in (("vcpus", 1024), ("memory_mb", 1 << 24), ("root_gb", 1 << 20)):
         yield Case(f"no room: {resource}", BUILD, build(f"flavor.{resource}", value), e.InsufficientResources, "free")
-    for when in (0, time.time() - 60):
-        yield Case(f"expired {when:.0f}", BUILD, {"instance": plain(), "expires_at": when}, e.CommandExpired, "ago")
+    for name, when in (("at the epoch", 0), ("a minute ago", time.time() - 60)):
+        yield Case(f"expired {name}", BUILD, {"instance": plain(), "expires_at": when}, e.CommandExpired, "ago")
     yield Case("expired stop", "stop_instance", {"instance": ACTIVE, "expires_at": 1}, e.CommandExpired, "ago")
-    for when, word in ((time.time() + 200_000, "24 h"), ("soon", "expires_at"), (math.nan, "finite"), (1e308, "24 h")):
-        args = {"instance": plain(), "expires_at": when}
-        yield Case(f"expires_at {when!r}", BUILD, args, e.InvalidCommand, word)
+    far = time.time() + 200_000
+    for name, expiry, word in (
+        ("days ahead", far, "24 h"), ("a word", "soon", "expires_at"), ("nan", math.nan, "finite"), ("huge", 1e308, "24 h"),
+    ):  # fmt: skip
+        args = {"instance": plain(), "expires_at": expiry}
+        yield Case(f"expires_at {name}", BUILD, args, e.InvalidCommand, word)
     yield Case("here already", BUILD, {"instance": plain(ACTIVE)}, e.InstanceExists, ACTIVE)
     yield Case("deleted uuid", BUILD, {"instance": plain(DELETED)}, e.InstanceDeleted, "never used again")
     yield Case("cancelled", BUILD, {"instance": plain(), "operation": CANCELLED}, e.OperationRefusedBefore, "cancelled")
