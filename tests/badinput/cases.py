@@ -135,7 +135,8 @@ def _sense() -> Iterator[Case]:
     yield Case("expired stop", "stop_instance", {"instance": ACTIVE, "expires_at": 1}, e.CommandExpired, "ago")
     far = time.time() + 200_000
     for name, expiry, word in (
-        ("days ahead", far, "24 h"), ("a word", "soon", "expires_at"), ("nan", math.nan, "finite"), ("huge", 1e308, "24 h"),
+        ("days ahead", far, "24 h"), ("a word", "soon", "expires_at"), ("nan", math.nan, "finite"),
+        ("huge", 1e308, "24 h"),
     ):  # fmt: skip
         args = {"instance": plain(), "expires_at": expiry}
         yield Case(f"expires_at {name}", BUILD, args, e.InvalidCommand, word)

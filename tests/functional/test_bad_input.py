@@ -25,7 +25,7 @@ NAMES = [
     "method 'no_such_method'", "version 2", "nothing", "a second disk", "instance is None", "uuid: traversal",
     "image.id: absolute", "instance: nul", "operation: dash", "hostname: space", "instance: surrogate",
     "flavor.vcpus: -1", "flavor.root_gb: 1180591620717411303424", "shutdown_timeout: nan", "ten mebibytes",
-    "a long name", "no room: vcpus", "expired 0", "pause_instance: unknown", "get_console_output: unknown",
+    "a long name", "no room: vcpus", "expired at the epoch", "pause_instance: unknown", "get_console_output: unknown",
     "reply_topic: traversal",
 ]  # fmt: skip
 
