@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,14 @@ def child_processes() -> dict[int, str]:
             if state != "Z":
                 found[int(pid)] = name
     return found
+
+
+@pytest.fixture(autouse=True)
+def same_log_level() -> Iterator[None]:
+    """Programs that are run in this process set the level of their own process: no later test is deaf for it."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(autouse=True)

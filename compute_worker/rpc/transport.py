@@ -6,6 +6,7 @@ safe then is said by :func:`durability` and :func:`tls_problem`.
 
 from __future__ import annotations
 
+import os
 import ssl
 from typing import Any
 
@@ -45,7 +46,17 @@ def get_transport(url: str | None = None, conf: cfg.ConfigOpts | None = None, ex
     """
     conf = cfg.CONF if conf is None else conf
     set_defaults(conf, exchange)
+    lead_group()
     return oslo_messaging.get_rpc_transport(conf, url=url, allowed_remote_exmods=ERROR_MODULES)
+
+
+def lead_group() -> None:
+    """Lead a process group of our own where ours has lost its leader: a shell that started us and ended.
+
+    oslo.messaging names queues after the group's leader (``use_queue_manager``), and cannot connect without one.
+    """
+    if not os.path.exists(f"/proc/{os.getpgrp()}/stat"):
+        os.setpgid(0, 0)
 
 
 def set_defaults(conf: cfg.ConfigOpts, exchange: str = "compute_worker") -> None:

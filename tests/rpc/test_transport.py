@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from oslo_messaging._tracing import client as tracing
 
 from compute_worker import errors
 from compute_worker.rpc import transport as transports
+from tests.waiting import wait_for
 
 URL = "rabbit://user:password@127.0.0.1:1/vhost"
 
@@ -105,3 +109,20 @@ def test_rabbit_answers_itself_whether_a_queue_is_there() -> None:
 
 def test_errors_may_be_rebuilt_at_the_caller() -> None:
     assert transport()._driver._allowed_remote_exmods == [errors.__name__]
+
+
+def test_a_group_that_lost_its_leader_is_led(tmp_path: Path) -> None:
+    """Started in the background by a shell that has ended: there is no process of the group's number any more."""
+    program = (
+        "import os, sys, time\n"
+        "from compute_worker.rpc.transport import lead_group\n"
+        "deadline = time.monotonic() + 10\n"
+        "while os.path.exists(f'/proc/{os.getpgrp()}') and time.monotonic() < deadline: pass\n"
+        "orphaned = not os.path.exists(f'/proc/{os.getpgrp()}')\n"
+        "lead_group()\n"
+        "open(sys.argv[1], 'w').write(f'{orphaned} {os.getpgrp() == os.getpid()}')\n"
+    )
+    out = tmp_path / "out"
+    shell = ["sh", "-c", '"$0" -c "$1" "$2" & exit 0', sys.executable, program, str(out)]
+    subprocess.run(shell, check=True, start_new_session=True, timeout=20)
+    assert wait_for(lambda: out.exists() and out.read_text(), deadline=20, what="the program") == "True True"
