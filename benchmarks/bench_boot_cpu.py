@@ -14,6 +14,7 @@ from common import (
     CannotRun,
     Report,
     WorkerProcess,
+    add_queue,
     arguments,
     broker,
     cpu_seconds,
@@ -87,12 +88,12 @@ def delete(api: ComputeAPI, ends: Ends, uuids: Sequence[str]) -> None:
 
 def measure(options: argparse.Namespace, directory: Path) -> Report:
     report = Report("processor time of a boot")
-    with broker(directory) as rabbit, worker(directory / "worker", rabbit.url(), options.quorum == "yes") as process:
+    with broker(directory) as rabbit, worker(directory / "worker", rabbit.url(), options.queue == "quorum") as process:
         broker_process = rabbit.process()
         if broker_process is None:
             raise CannotRun("RabbitMQ has ended")
         ends = Ends()
-        listener = Listener(rabbit.url(scheme="amqp"), ends.note)
+        listener = Listener(rabbit.url(scheme="amqp"), ends.note, options.queue == "quorum")
         listener.start()
         transport = get_transport(rabbit.url())
         api = ComputeAPI(transport)
@@ -137,7 +138,9 @@ def together(process: WorkerProcess, api: ComputeAPI, ends: Ends, count: int, re
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, whatever the figures are."""
-    options = arguments(__doc__ or "", boots=200, warm=20, quorum="no").parse_args(argv)
+    parser = arguments(__doc__ or "", boots=200, warm=20)
+    add_queue(parser)
+    options = parser.parse_args(argv)
     with workspace() as directory:
         return finish(measure(options, directory), options.json)
 

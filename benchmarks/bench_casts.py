@@ -24,6 +24,7 @@ from common import (
     HOST,
     Report,
     WorkerProcess,
+    add_queue,
     arguments,
     broker,
     finish,
@@ -121,10 +122,10 @@ class Conductor:
             self._ready.append(life)
             self._changed.notify_all()
 
-    def run(self) -> None:
+    def run(self, listener: Listener) -> None:
         """Send everything and wait until all of it has ended.
 
-        :raises AssertionError: nothing ended for two minutes: something was lost.
+        :raises AssertionError: nothing ended for two minutes: something was lost; or nothing can be heard.
         """
         active = 0
         while True:
@@ -135,7 +136,8 @@ class Conductor:
                     if not active:
                         return
                     if not self._changed.wait_for(lambda: self._ready or self.refused, STALLED_SECONDS):
-                        raise AssertionError(f"no operation ended for {STALLED_SECONDS:g} s: {self._open()}")
+                        why = listener.problem or self._open()
+                        raise AssertionError(f"no operation ended for {STALLED_SECONDS:g} s: {why}")
                     if self.refused:
                         raise AssertionError(f"refused: {self.refused[:3]}")
                     life = self._ready.pop()
@@ -249,10 +251,10 @@ def judge_notifications(conductor: Conductor) -> list[str]:
 def measure(options: argparse.Namespace, directory: Path) -> tuple[Report, bool]:
     report = Report("casts under SIGKILL")
     with broker(directory) as rabbit:
-        process = WorkerProcess(directory / "worker", rabbit.url(), options.quorum == "yes")
+        process = WorkerProcess(directory / "worker", rabbit.url(), options.queue == "quorum")
         transport = get_transport(rabbit.url())
         conductor = Conductor(ComputeAPI(transport), options.casts, options.window)
-        listener = Listener(rabbit.url(scheme="amqp"), conductor.hear)
+        listener = Listener(rabbit.url(scheme="amqp"), conductor.hear, options.queue == "quorum")
         killer = Killer(process, conductor, options.kills, options.casts, options.seed)
         try:
             process.start()
@@ -260,7 +262,7 @@ def measure(options: argparse.Namespace, directory: Path) -> tuple[Report, bool]
             listener.start()
             began = time.monotonic()
             killer.start()
-            conductor.run()
+            conductor.run(listener)
             elapsed = time.monotonic() - began
             killer.stop()
             process.wait_healthy()
@@ -310,7 +312,8 @@ def _tell(
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 1 when anything was lost, happened twice, or is not as it must be."""
-    parser = arguments(__doc__ or "", casts=10_000, kills=100, window=200, seed=1, quorum="no")
+    parser = arguments(__doc__ or "", casts=10_000, kills=100, window=200, seed=1)
+    add_queue(parser)
     options = parser.parse_args(argv)
     with workspace() as directory:
         report, failed = measure(options, directory)

@@ -103,6 +103,11 @@ def arguments(description: str, **numbers: int | float | str) -> argparse.Argume
     return parser
 
 
+def add_queue(parser: argparse.ArgumentParser) -> None:
+    """``--queue``: the type of durable queue that commands and notifications go through."""
+    parser.add_argument("--queue", choices=("classic", "quorum"), default="classic", help="(%(default)s)")
+
+
 def finish(report: Report, as_json: bool, failed: bool = False) -> int:
     """Print the report. A missed goal is a figure, not a failure: exit status 1 is for what must never be."""
     print(report.as_json() if as_json else report.text(), flush=True)

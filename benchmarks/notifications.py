@@ -18,11 +18,14 @@ FINAL = ("end", "error")
 class Listener:
     """Calls ``on_payload(event_type, payload)`` for each notification, on a thread of its own.
 
-    It declares nothing: the worker makes the queues, durable, so that what was sent before is read too.
+    It declares the queues as the worker does, so that what was sent before is read too.
+
+    :param quorum: whether they are quorum queues.
     """
 
-    def __init__(self, url: str, on_payload: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, url: str, on_payload: Callable[[str, dict[str, Any]], None], quorum: bool = False) -> None:
         self._url = url
+        self._arguments = {"x-queue-type": "quorum"} if quorum else None
         self._on_payload = on_payload
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="notifications", daemon=True)
@@ -38,12 +41,18 @@ class Listener:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._listen()
+        except Exception as exc:
+            self.problem = f"{type(exc).__name__}: {exc}"
+
+    def _listen(self) -> None:
         with kombu.Connection(self._url) as connection:
             channel = connection.channel()
             exchange = kombu.Exchange("compute_worker", type="topic", durable=True)
             queues = [
-                kombu.Queue(f"{TOPIC}.{priority}", exchange, f"{TOPIC}.{priority}", durable=True)
-                for priority in ("info", "error")
+                kombu.Queue(name, exchange, name, durable=True, queue_arguments=self._arguments)
+                for name in (f"{TOPIC}.info", f"{TOPIC}.error")
             ]
             with kombu.Consumer(channel, queues, callbacks=[self._on_message], accept=["json"], prefetch_count=200):
                 while not self._stopping.is_set():
