@@ -59,8 +59,8 @@ class Machine:
     """One host under test. ``worker`` is the manager that runs now; :attr:`reached` what its observer saw."""
 
     def __init__(self, directory: Path, name: str = "node1", cell: SimulatedCell | None = None, **compute) -> None:
-        options = {"host": name, "state_path": str(directory / name), "shutdown_timeout": 0.3}
-        options |= {"shutdown_retry_interval": 0.1, "soft_reboot_timeout": 0.3, "graceful_shutdown_timeout": 2.0}
+        options = {"host": name, "state_path": str(directory / name), "shutdown_timeout": 1.0}
+        options |= {"shutdown_retry_interval": 0.1, "soft_reboot_timeout": 5.0, "graceful_shutdown_timeout": 2.0}
         self.settings = dataclasses.replace(Settings(), compute=Compute(**(options | compute)))
         self.host = SimulatedHost(name, cell)
         self.host.images.put(IMAGE, b"root file system")
