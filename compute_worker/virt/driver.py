@@ -182,6 +182,14 @@ class JobStatistics:
     postcopy: bool = False
 
 
+Peer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Asks :meth:`ComputeDriver.answer_peer` of the other host of a migration; JSON in, JSON out.
+
+:raises PeerUnavailable: no answer; whether the request was served is not known: ask again.
+:raises ComputeError: whatever ``answer_peer`` raised there.
+"""
+
+
 class ComputeDriver(abc.ABC):
     """One host's hypervisor. Thread-safe: methods for different instances may run at once."""
 
@@ -312,10 +320,19 @@ class ComputeDriver(abc.ABC):
 
     @abc.abstractmethod
     def migrate_disk_and_power_off(
-        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float
+        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
     ) -> list[Part]:
         """Source: power off (clean), set aside as ``<uuid>_resize``, send the disks to ``migration.dest_host``. The
-        last part returns ``{"disk_info": ...}``. Undone, the guest's files are as they were; it is off."""
+        last part returns ``{"disk_info": ...}``. Undone, the guest's files are as they were; it is off.
+
+        ``peer`` asks the destination's driver: to make room, to listen, to say what arrived."""
+
+    @abc.abstractmethod
+    def answer_peer(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Destination: what the source's driver asks while it sends. Answers within seconds, may be asked twice.
+
+        :raises InvalidCommand: a request that this driver does not know.
+        """
 
     @abc.abstractmethod
     def finish_migration(self, instance: Instance, migration: Migration, disk_info: DiskInfo) -> list[Part]:
@@ -346,9 +363,7 @@ class ComputeDriver(abc.ABC):
         """
 
     @abc.abstractmethod
-    def check_can_live_migrate_source(
-        self, instance: Instance, migration: Migration, data: MigrateData
-    ) -> MigrateData:
+    def check_can_live_migrate_source(self, instance: Instance, migration: Migration, data: MigrateData) -> MigrateData:
         """Source: which disks must travel; whether the guest may."""
 
     @abc.abstractmethod

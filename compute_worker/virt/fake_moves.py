@@ -11,13 +11,14 @@ from compute_worker.errors import (
     DestinationDiskExists,
     FlavorDiskTooSmall,
     GuestFailed,
+    InvalidCommand,
     InvalidState,
     MigrationFailed,
     PeerUnavailable,
 )
 from compute_worker.objects import DiskInfo, Instance, Migration, encode
 from compute_worker.states import PowerState, ran_before
-from compute_worker.virt.driver import Job, Part, SpawnRequest
+from compute_worker.virt.driver import Job, Part, Peer, SpawnRequest
 from compute_worker.virt.fake_base import FakeBase, disk_info_of, encode_json
 from compute_worker.virt.simulated.faults import BEFORE, PARTIAL
 from compute_worker.virt.simulated.files import DELETED, PART, PLAIN, RECORD, RESIZE
@@ -29,7 +30,7 @@ class ColdMoves(FakeBase):
     """``migrate_disk_and_power_off`` to ``finish_revert_migration``."""
 
     def migrate_disk_and_power_off(
-        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float
+        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
     ) -> list[Part]:
         """``power_off, set_aside, send_<disk>..., verify_copy``."""
 
@@ -42,6 +43,13 @@ class ColdMoves(FakeBase):
             *(self._send_part(instance, migration, name) for name in self._disk_names(instance)),
             Part("verify_copy", lambda j: self._verify_copy(instance, migration), lambda j: None),
         ]
+
+    def answer_peer(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Simulated hosts reach each other's files by themselves: there is nothing to ask.
+
+        :raises InvalidCommand: always.
+        """
+        raise InvalidCommand(method="answer_peer", problem="the fake driver asks nothing of its peers")
 
     def finish_migration(self, instance: Instance, migration: Migration, disk_info: DiskInfo) -> list[Part]:
         """``verify_disks, fetch_images, grow_disks, plug_vifs, define, start_paused``."""
@@ -265,5 +273,3 @@ class ColdMoves(FakeBase):
     def _unrestore(self, instance: Instance) -> None:
         with self._connection.call("unrestore_files", instance.uuid, files=True) as host:
             host.rename(instance.uuid, "", RESIZE)
-
-

@@ -16,7 +16,7 @@ from compute_worker.states import PowerState, VmState
 from compute_worker.virt.driver import ComputeDriver, Part, SpawnRequest
 from tests.virt.contract import assert_nothing, booted, ours
 from tests.virt.jobs import RecordingJob
-from tests.virt.world import LIVE, RESIZE, SNAPSHOT, World, moving, run, undo
+from tests.virt.world import LIVE, RESIZE, SNAPSHOT, World, moving, peer, run, undo
 
 
 def active(instance: Instance) -> Instance:
@@ -56,7 +56,11 @@ class ColdMoveContract(_Moves):
             world.write_disk(world.a, instance.uuid, b"written by the guest")
         migration = migration_of(world, instance, **changes)
         instance = moving(active(instance), migration)
-        return instance, migration, driver.migrate_disk_and_power_off(instance, migration, 30, 1)
+        return (
+            instance,
+            migration,
+            driver.migrate_disk_and_power_off(instance, migration, 30, 1, peer(world, instance, migration)),
+        )
 
     def _arrive(
         self, world: World, instance: Instance, migration: Migration, told: dict[str, object], times: int = 1
@@ -90,7 +94,9 @@ class ColdMoveContract(_Moves):
         names = [part.name for part in parts]
         for index in range(len(names)):
             parts[index].do(RecordingJob())
-            parts = world.restart(world.a).migrate_disk_and_power_off(instance, migration, 30, 1)
+            parts = world.restart(world.a).migrate_disk_and_power_off(
+                instance, migration, 30, 1, peer(world, instance, migration)
+            )
             assert [part.name for part in parts] == names
 
     def test_guest_that_was_off_stays_off(self, world: World) -> None:
@@ -116,7 +122,10 @@ class ColdMoveContract(_Moves):
         run(driver.spawn(instance, SpawnRequest()), RecordingJob())
         migration = migration_of(world, instance, "resize")
         instance = moving(instance, migration)
-        told = run(driver.migrate_disk_and_power_off(instance, migration, 0, 1), RecordingJob())
+        told = run(
+            driver.migrate_disk_and_power_off(instance, migration, 0, 1, peer(world, instance, migration)),
+            RecordingJob(),
+        )
         small: Flavor = msgspec.structs.replace(large, root_gb=large.root_gb - 1)
         with pytest.raises(errors.Broken):
             self._arrive(world, msgspec.structs.replace(instance, flavor=small), migration, told)
@@ -166,7 +175,12 @@ class ColdMoveContract(_Moves):
         run(world.driver(world.b).spawn(there, SpawnRequest()), RecordingJob())
         migration = migration_of(world, instance)
         with pytest.raises(errors.DestinationDiskExists):
-            run(driver.migrate_disk_and_power_off(moving(instance, migration), migration, 0, 1), RecordingJob())
+            run(
+                driver.migrate_disk_and_power_off(
+                    moving(instance, migration), migration, 0, 1, peer(world, instance, migration)
+                ),
+                RecordingJob(),
+            )
         assert world.power(world.b, instance.uuid) == "paused"
 
     @pytest.mark.parametrize("times", [1, 2])
@@ -248,7 +262,9 @@ class ColdMoveContract(_Moves):
                 done -= 1
                 parts[done].undo(RecordingJob())
             elif move == "restart":
-                parts = world.restart(world.a).migrate_disk_and_power_off(instance, migration, 30, 1)
+                parts = world.restart(world.a).migrate_disk_and_power_off(
+                    instance, migration, 30, 1, peer(world, instance, migration)
+                )
         undo(parts, RecordingJob())
         assert world.files(world.a, instance.uuid) == before
         assert_nothing(world, world.b, instance.uuid)

@@ -19,7 +19,7 @@ from tests.virt.contract import assert_nothing, booted
 from tests.virt.contract_moves import migration_of
 from tests.virt.fakeworld import IMAGE, FakeWorld
 from tests.virt.jobs import RecordingJob, in_thread
-from tests.virt.world import moving, run, undo
+from tests.virt.world import moving, peer, run, undo
 from tests.waiting import wait_for
 
 
@@ -42,7 +42,9 @@ class _Move:
 class TestColdMoveFaults(_Move):
     def test_destination_off(self, world: FakeWorld) -> None:
         instance, migration = self.begin(world)
-        parts = world.driver(world.a).migrate_disk_and_power_off(instance, migration, 0, 1)
+        parts = world.driver(world.a).migrate_disk_and_power_off(
+            instance, migration, 0, 1, peer(world, instance, migration)
+        )
         world.hosts[world.b].power_failure()
         with pytest.raises(errors.PeerUnavailable):
             run(parts, RecordingJob())
@@ -56,7 +58,9 @@ class TestColdMoveFaults(_Move):
         instance, migration = self.begin(world)
         beta = world.hosts[world.b]
         beta.faults.hook("receive", lambda _uuid: setattr(beta, "reachable", False))
-        parts = world.driver(world.a).migrate_disk_and_power_off(instance, migration, 0, 1)
+        parts = world.driver(world.a).migrate_disk_and_power_off(
+            instance, migration, 0, 1, peer(world, instance, migration)
+        )
         with pytest.raises(errors.PeerUnavailable):
             run(parts, RecordingJob())
         beta.reachable = True
@@ -67,7 +71,9 @@ class TestColdMoveFaults(_Move):
         instance, migration = self.begin(world)
         beta = world.hosts[world.b]
         beta.disk_limit_bytes = 4000
-        parts = world.driver(world.a).migrate_disk_and_power_off(instance, migration, 0, 1)
+        parts = world.driver(world.a).migrate_disk_and_power_off(
+            instance, migration, 0, 1, peer(world, instance, migration)
+        )
         with pytest.raises(errors.DiskFull):
             run(parts, RecordingJob())
         undo(parts, RecordingJob())
@@ -77,7 +83,9 @@ class TestColdMoveFaults(_Move):
         instance, migration = self.begin(world)
         stall = world.hosts[world.b].faults.stall("receive")
         job = RecordingJob()
-        parts = world.driver(world.a).migrate_disk_and_power_off(instance, migration, 0, 1)
+        parts = world.driver(world.a).migrate_disk_and_power_off(
+            instance, migration, 0, 1, peer(world, instance, migration)
+        )
         thread, raised = in_thread(run, parts, job)
         assert stall.entered.wait(10)
         job.cancel()
@@ -90,7 +98,9 @@ class TestColdMoveFaults(_Move):
         instance, migration = self.begin(world)
         world.hosts[world.a].rate = 50_000.0
         world.hosts[world.a].faults.fail("send_disk", errors.HypervisorBusy(reason="test"), when=PARTIAL)
-        parts = world.driver(world.a).migrate_disk_and_power_off(instance, migration, 0, 1)
+        parts = world.driver(world.a).migrate_disk_and_power_off(
+            instance, migration, 0, 1, peer(world, instance, migration)
+        )
         with pytest.raises(errors.HypervisorBusy):
             run(parts, RecordingJob())
         assert f"{instance.uuid}/disk.part" in world.files(world.b, instance.uuid)
@@ -107,9 +117,7 @@ class TestFlights(_Move):
         source, dest = world.driver(world.a), world.driver(world.b)
         data = dest.check_can_live_migrate_destination(instance, migration, source.get_available_resource(), False)
         data = source.check_can_live_migrate_source(instance, migration, data)
-        run(
-            dest.pre_live_migration(instance, migration, data, source.get_instance_disk_info(instance)), RecordingJob()
-        )
+        run(dest.pre_live_migration(instance, migration, data, source.get_instance_disk_info(instance)), RecordingJob())
         return instance, migration, data
 
     def take_off(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import msgspec
 
 from compute_worker.objects import Instance, Migration
-from compute_worker.virt.driver import ComputeDriver, GuestInfo, Job, Part
+from compute_worker.virt.driver import ComputeDriver, GuestInfo, Job, Part, Peer
 
 RESIZE = "resize"
 LIVE = "live_migration"
@@ -90,6 +90,11 @@ def undo(parts: list[Part], job: Job, times: int = 1) -> None:
 def moving(instance: Instance, migration: Migration, **changes: Any) -> Instance:
     """The record while ``migration`` is under way."""
     return msgspec.structs.replace(instance, migration=migration.uuid, **changes)
+
+
+def peer(world: World, instance: Instance, migration: Migration) -> Peer:
+    """How the driver at the source asks the one at the destination, without an RPC between."""
+    return lambda request: world.driver(migration.dest_host).answer_peer(instance, migration, request)
 
 
 def info_of(driver: ComputeDriver, uuid: str) -> GuestInfo | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from compute_worker.errors import NotSupported
 from compute_worker.objects import DiskInfo, Instance, MigrateData, Migration
-from compute_worker.virt.driver import ComputeDriver, HostResources, Job, Part
+from compute_worker.virt.driver import ComputeDriver, HostResources, Job, Part, Peer
 
 
 def _refuse(what: str) -> NoReturn:
@@ -20,8 +21,12 @@ class Unsupported(ComputeDriver):
     """
 
     def migrate_disk_and_power_off(
-        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float
+        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
     ) -> list[Part]:
+        """Refused."""
+        _refuse("resize and cold migration")
+
+    def answer_peer(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Refused."""
         _refuse("resize and cold migration")
 
@@ -47,9 +52,7 @@ class Unsupported(ComputeDriver):
         """Refused."""
         _refuse("live migration")
 
-    def check_can_live_migrate_source(
-        self, instance: Instance, migration: Migration, data: MigrateData
-    ) -> MigrateData:
+    def check_can_live_migrate_source(self, instance: Instance, migration: Migration, data: MigrateData) -> MigrateData:
         """Refused."""
         _refuse("live migration")
 

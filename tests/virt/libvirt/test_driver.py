@@ -415,9 +415,7 @@ def test_events_come_from_a_thread_of_the_driver(driver: LibvirtDriver, instance
     wait_for(lambda: EventKind.STOPPED in [e.kind for e in seen if e.uuid == instance.uuid], what="the guest's end")
 
 
-def test_a_missing_program_is_named(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_program_is_named(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "find_program", lambda name: None if name == "qemu-img" else f"/usr/bin/{name}")
     with pytest.raises(errors.Broken, match="qemu-img is missing: install it"):
         LibvirtDriver(settings(tmp_path, uri)).init_host("node1")
@@ -439,7 +437,7 @@ def test_libvirt_that_is_down_is_no_error_at_start(tmp_path: Path, instance: Ins
 def test_moves_and_snapshots_are_refused(driver: LibvirtDriver, instance: Instance) -> None:
     move = Migration(uuid=instance.uuid, instance=instance.uuid, source_host="node1", dest_host="node2")
     with pytest.raises(errors.NotSupported, match="resize and cold migration"):
-        driver.migrate_disk_and_power_off(instance, move, 1, 1)
+        driver.migrate_disk_and_power_off(instance, move, 1, 1, dict)
     with pytest.raises(errors.NotSupported, match="live migration"):
         driver.live_migration_abort(instance)
     with pytest.raises(errors.NotSupported, match="snapshots"):
