@@ -133,6 +133,51 @@ class Libvirt:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """[transfer]: how disks get from one host to another when an instance moves."""
+
+    transport: str = option(
+        "auto",
+        "How disks travel, by entry-point name (compute_worker.disk_transports): nbd, ssh; auto: nbd where both hosts "
+        "have certificates, else ssh. Where both hosts see the same instances directory nothing travels.",
+    )
+    address: str = option("", "Address other hosts reach this one at, to send disks. Default: its worker's name.")
+    listen_address: str = option("", "Address this host listens on for disks (nbd). Default: all its addresses.")
+    ports: str = option("10900-10999", "Ports this host listens on for disks, one a disk (nbd).")
+    tls_dir: str = option(
+        "/etc/pki/qemu",
+        "Directory of certificates: ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem, client-key.pem. "
+        "The server's must name the host as its worker is named. Where files are missing: no TLS, and no nbd.",
+    )
+    nbd_plaintext: bool = option(
+        False, "Whether transport=nbd may send disks readable and alterable by whoever is on the way, without TLS."
+    )
+    window_mb: int = option(64, "MiB of a disk that are recorded as arrived at once; what a crash sends again.", min=1)
+    streams: int = option(4, "Connections that one disk is sent over (nbd).", min=1, max=16)
+    bandwidth_mb: int = option(0, "MiB a second that one disk may take on the way; 0: no limit.", min=0)
+    compare: str = option(
+        "extents",
+        "What is compared when a disk has arrived: extents: size and where data is; full: also every byte, by sha256, "
+        "which reads the disk again on both hosts.",
+        choices=("extents", "full"),
+    )
+    idle_timeout: float = option(
+        120.0, "Seconds after which this host stops listening for a disk that nobody sends.", min=5
+    )
+    ssh_user: str = option("", "User at the destination (ssh). Default: the worker's own.")
+    ssh_options: str = option(
+        "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3",
+        "Options of ssh, split at blanks.",
+    )
+    resize_precopy: str = option(
+        "auto",
+        "Whether the disks of a running guest are sent before it is shut down, so that only what it wrote meanwhile "
+        "keeps it off: auto or never.",
+        choices=("auto", "never"),
+    )
+
+
+@dataclass(frozen=True)
 class Fake:
     """[fake]: the simulated host."""
 
@@ -162,6 +207,7 @@ class Settings:
     rpc: Rpc = field(default_factory=Rpc)
     images: Images = field(default_factory=Images)
     libvirt: Libvirt = field(default_factory=Libvirt)
+    transfer: Transfer = field(default_factory=Transfer)
     fake: Fake = field(default_factory=Fake)
     telemetry: Telemetry = field(default_factory=Telemetry)
 

@@ -1,0 +1,1 @@
+"""Disks from one host to another: transports at the source, a receiver at the destination."""
