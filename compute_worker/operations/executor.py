@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import tenacity
 
@@ -19,6 +19,7 @@ from compute_worker.operations.database import Database, Tx
 from compute_worker.operations.kinds import Commit, Kind, Step
 from compute_worker.operations.outbox import Outbox
 from compute_worker.operations.run import Run, Stopping
+from compute_worker.operations.stuck import Stuck
 from compute_worker.states import OperationState
 
 LOG = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Point(StrEnum):
     BEFORE_RECORD = "before_record"
     AFTER_RECORD = "after_record"
 
+
+R = TypeVar("R")
 
 Observer = Callable[[Point, Run, str, str], None]
 """Called as ``observer(point, run, step, direction)`` at every point; the real worker has none."""
@@ -60,6 +63,7 @@ class Executor:
         self._kinds = kinds
         self._attempts = step_attempts
         self._observe = observer
+        self._stuck = Stuck(database, outbox)
 
     def execute(self, run: Run) -> bool:
         """Take the operation to its end, from wherever the journal says it is. False: it had ended before.
@@ -163,7 +167,7 @@ class Executor:
         self._observe(Point.BEFORE_DO, run, step.name, "do")
         attempts, result = 1, None
         if not isinstance(step, Commit):
-            attempts, result = self._try(run, kind, step)
+            attempts, result = self._try(run, kind, step.name, step.do)
         self._observe(Point.AFTER_DO, run, step.name, "do")
         run.results[step.name] = dict(result or {})
 
@@ -186,8 +190,8 @@ class Executor:
             self._end(run, kind, OperationState.DONE, None, also=record)
             self._observe(Point.AFTER_RECORD, run, step.name, "do")
 
-    def _try(self, run: Run, kind: Kind, step: Step) -> tuple[int, Mapping[str, Any] | None]:
-        """Run the step until it ends well or its error stands. Returns the attempts it took and its result."""
+    def _try(self, run: Run, kind: Kind, name: str, do: Callable[[Run], R]) -> tuple[int, R]:
+        """Run one step until it ends well or its error stands. Returns the attempts it took and its result."""
         counted = 0
 
         def again(state: tenacity.RetryCallState) -> bool:
@@ -195,16 +199,17 @@ class Executor:
             error = state.outcome.exception() if state.outcome else None
             if not isinstance(error, Exception):
                 return False
-            if not (isinstance(error, Retryable) and error.patient):
-                counted += 1
+            counted += not _is_mere_waiting(error)
             verdict, why = decide_again(error, run, kind, counted, self._attempts)
             run.waiting_for = str(error) if verdict else None
             level = logging.WARNING if verdict else logging.DEBUG
-            LOG.log(level, "operation %s: step %s: %s: %s", run.uuid, step.name, error, why)
+            LOG.log(level, "operation %s: step %s: %s: %s", run.uuid, name, error, why)
+            if verdict:
+                self._stuck.failed(run, kind, name, error, counted)
             return verdict
 
         retrying = _backoff(run, again)
-        result = retrying(step.do, run)
+        result = retrying(do, run)
         run.waiting_for = None
         return int(retrying.statistics.get("attempt_number", 1)), result
 
@@ -218,10 +223,10 @@ class Executor:
         for index in reversed(range(len(steps))):
             step = steps[index]
             if step.name in begun and step.name not in undone and not isinstance(step, Commit):
-                self._undo_one(run, index, step)
+                self._undo_one(run, kind, index, step)
         self._end(run, kind, OperationState.UNDONE, error)
 
-    def _undo_one(self, run: Run, index: int, step: Step) -> None:
+    def _undo_one(self, run: Run, kind: Kind, index: int, step: Step) -> None:
         run.phase = step.name
         run.reason = None
 
@@ -231,13 +236,17 @@ class Executor:
 
         self._write(run, begin)
         self._observe(Point.BEFORE_DO, run, step.name, "undo")
+        counted = 0
 
         def again(state: tenacity.RetryCallState) -> bool:
+            nonlocal counted
             failed = state.outcome.exception() if state.outcome else None
             if not isinstance(failed, Exception):
                 return False
+            counted += not _is_mere_waiting(failed)
             run.waiting_for = str(failed)
             LOG.warning("operation %s: undo of step %s: %s; again", run.uuid, step.name, failed)
+            self._stuck.failed(run, kind, step.name, failed, counted)
             return True
 
         retrying = _backoff(run, again)
@@ -299,11 +308,15 @@ class Executor:
         )
 
 
+def _is_mere_waiting(error: Exception) -> bool:
+    return isinstance(error, Retryable) and error.patient
+
+
 def decide_again(error: Exception, run: Run, kind: Kind, counted: int, attempts: int) -> tuple[bool, str]:
     """Whether a failed step is run again, and why. ``counted``: failures so far that were not mere waiting."""
     if isinstance(error, Cancelled) and (not run.committed or run.preempted):
         return False, "cancelled"
-    if isinstance(error, Retryable) and error.patient:
+    if _is_mere_waiting(error):
         return True, "waits until it answers"
     if run.committed and not kind.gives_up:
         return True, "committed: only forward"

@@ -26,7 +26,7 @@ class Run:
     """What is known of an operation in memory; everything that must survive is in the journal.
 
     ``results`` holds what earlier steps returned, by step name. ``progress`` is the last report, ``notified_at`` when
-    one was last notified.
+    one was last notified, ``told_waiting_at`` when (monotonic clock) it was last notified that it cannot get on.
     """
 
     def __init__(self, entry: Entry, results: dict[str, dict[str, Any]] | None = None) -> None:
@@ -47,6 +47,7 @@ class Run:
         self.reason: str | None = None
         self.undoing = False
         self.notified_at = 0.0
+        self.told_waiting_at: float | None = None
         self._cancelled = entry.cancel_requested
         self._stopping = False
         self._changed = threading.Condition()

@@ -172,7 +172,7 @@ _NOTIFICATION: Schema = {
         "publisher_id": {"type": "string", "description": "compute.<host>"},
         "event_type": {
             "type": "string",
-            "description": "instance.<command>.start|progress|end|error, instance.power_state, host.state",
+            "description": "instance.<command>.start|progress|waiting|end|error, instance.power_state, host.state",
         },
         "priority": {"type": "string", "enum": ["INFO", "ERROR"]},
         "payload": {"type": "object"},

@@ -1,8 +1,10 @@
 """What a notification looks like, and how one is sent so that its sender knows it arrived.
 
 A notification is oslo.messaging's (envelope 2.0) on topic ``<notification_topic>.<priority>``, priority ``info`` or
-``error``. ``event_type`` is ``instance.<operation>.start|progress|end|error``, ``instance.power_state`` or
-``host.state``. The payload is :class:`Payload`, or :class:`HostStatePayload` for ``host.state``.
+``error``. ``event_type`` is ``instance.<operation>.start|progress|waiting|end|error``, ``instance.power_state`` or
+``host.state``. ``waiting`` (priority ``error``) says that an operation which may not end by itself (it is past its
+COMMIT, or being undone) keeps failing in a step, and why: after five failures, then every ten minutes at most. The
+payload is :class:`Payload`, or :class:`HostStatePayload` for ``host.state``.
 
 Sent at least once and in order for one host: a consumer drops what it has seen by ``message_id``, or by
 (``operation``, ``sequence``).

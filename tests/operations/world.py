@@ -63,10 +63,14 @@ class World:
             self.made[name] += 1
             self.things.add(name)
 
-    def unmake(self, name: str) -> None:
-        for error in self.failing.get(f"undo-{name}", [])[:1]:
-            self.failing[f"undo-{name}"].pop(0)
+    def fail(self, name: str) -> None:
+        """Raise what is set to fail under that name, once for each time it is listed."""
+        for error in self.failing.get(name, [])[:1]:
+            self.failing[name].pop(0)
             raise error
+
+    def unmake(self, name: str) -> None:
+        self.fail(f"undo-{name}")
         self.things -= {name, f"half-{name}"}
 
 
@@ -105,10 +109,18 @@ class Worker:
 
             return Do(name, do, lambda run: self.world.unmake(name))
 
+        def plan(run, steps):  # type: ignore[no-untyped-def]
+            self.world.fail("plan")
+            return steps
+
+        def finish(tx, run):  # type: ignore[no-untyped-def]
+            self.world.fail("finish")
+            self.world.finished.append("done")
+
         make = Kind(
             name="make",
-            steps=lambda run: [step("one"), step("two"), Commit(lambda tx, r: None), step("three")],
-            finish=lambda tx, run: self.world.finished.append("done"),
+            steps=lambda run: plan(run, [step("one"), step("two"), Commit(lambda tx, r: None), step("three")]),
+            finish=finish,
             abandon=lambda tx, run, error: self.world.finished.append(type(error).__name__),
             limit="build",
             event="make",
@@ -123,7 +135,17 @@ class Worker:
             committed_at_accept=True,
             preempts=True,
         )
-        return {kind.name: kind for kind in (make, wipe)}
+        poke = Kind(
+            name="poke",
+            steps=lambda run: plan(run, [step("poke")]),
+            finish=finish,
+            abandon=lambda tx, run, error: self.world.finished.append(type(error).__name__),
+            limit="power",
+            event="poke",
+            committed_at_accept=True,
+            gives_up=True,
+        )
+        return {kind.name: kind for kind in (make, wipe, poke)}
 
     def send(self, kind: str = "make", instance: str | None = None, **changes):  # type: ignore[no-untyped-def]
         instance = instance or "00000000-0000-4000-8000-000000000001"
