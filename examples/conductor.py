@@ -9,8 +9,8 @@ Its rules, each of which a scheduler of one's own should have:
 - A clear no with ``reschedulable`` leads to the next host; ``retry_after`` says when to ask the first one again.
 - Silence is not a no. The same operation uuid goes to the same host again; only when that host has promised (by
   ``cancel_operation``) or must (by ``expires_at``) never to begin does the instance go elsewhere.
-- Notifications come at least once, so they are told apart by (operation, sequence); after a pause the conductor asks
-  each host what changed since the last ``seq`` it saw, instead of believing that it heard everything.
+- Notifications come at least once, so they are told apart by (host, operation, sequence); after a pause the conductor
+  asks each host what changed since the last ``seq`` it saw, instead of believing that it heard everything.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Conductor:
         self._expiry = expiry
         self._say = say
         self._events: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[tuple[str, str, int]] = set()
         self._listener: Any = None
         self._notifications: Any = None
         self.hosts: dict[str, HostState] = {}
@@ -223,7 +223,7 @@ class Conductor:
         return True
 
     def _hear(self, event_type: str, payload: dict[str, Any]) -> None:
-        key = (str(payload.get("operation")), int(payload.get("sequence", 0)))
+        key = (str(payload.get("host")), str(payload.get("operation")), int(payload.get("sequence", 0)))
         if key in self._seen:
             return
         self._seen.add(key)

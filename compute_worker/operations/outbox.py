@@ -16,7 +16,7 @@ PAYLOAD_VERSION = "1.0"
 
 @dataclass(frozen=True, slots=True)
 class OutboxRow:
-    """One notification that is still to be sent. ``(operation, sequence)`` tells a repeated one."""
+    """One notification that is still to be sent. ``(host, operation, sequence)`` tells a repeated one."""
 
     seq: int
     operation: str | None

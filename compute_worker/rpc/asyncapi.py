@@ -157,7 +157,7 @@ def _channels(messages: list[Message], rpc: Rpc, notification_topic: str) -> Sch
         "notifications": {
             "address": notification_topic + ".{priority}",
             "description": "Durable queues that the worker declares. Sent at least once and in order for one host:"
-            " drop what you have seen by message_id, or by (operation, sequence).",
+            " drop what you have seen by message_id, or by (host, operation, sequence).",
             "parameters": {"priority": {"enum": ["info", "error"]}},
             "messages": named("notification"),
             "bindings": {"amqp": envelope.exchange(rpc.exchange, "topic")},

@@ -7,7 +7,7 @@ COMMIT, or being undone) keeps failing in a step, and why: after five failures, 
 payload is :class:`Payload`, or :class:`HostStatePayload` for ``host.state``.
 
 Sent at least once and in order for one host: a consumer drops what it has seen by ``message_id``, or by
-(``operation``, ``sequence``).
+(``host``, ``operation``, ``sequence``): an operation of two hosts is counted on each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Payload(Object, frozen=True, kw_only=True):
     operation: str | None = None
     """The operation's uuid: the one the command's answer gave. ``None`` outside any operation."""
     sequence: int = 0
-    """Counts from 1 within the operation; without one, grows within the host."""
+    """Counts from 1 within the operation on this host; without one, grows within the host."""
     instance: str | None = None
     kind: str | None = None
     """Name of the command."""

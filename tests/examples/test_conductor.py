@@ -230,11 +230,13 @@ def test_a_worker_that_dies_in_the_middle_is_waited_for(cell: CtlCell) -> None:
 
 def test_a_repeated_notification_changes_nothing(cell: CtlCell) -> None:
     on = made(cell)
-    payload = {"operation": "o", "sequence": 2, "instance": "i", "error": None}
+    payload = {"host": "node1", "operation": "o", "sequence": 2, "instance": "i", "error": None}
     on._hear("instance.create.end", payload)
     before = set(on._seen)
     on._hear("instance.create.end", payload)
     assert on._seen == before
+    on._hear("instance.create.end", {**payload, "host": "node2"})
+    assert len(on._seen) == len(before) + 1, "the same operation on another host is counted there"
 
 
 def test_the_program(tmp_path: Path) -> None:
