@@ -254,6 +254,23 @@ class Operation(Object, frozen=True, kw_only=True):
     seq: int = 0
 
 
+class OperationAnswer(Object, frozen=True, kw_only=True):
+    """What a host says became of a peer's command."""
+
+    known: bool
+    """False: it never came, and is refused from now on."""
+    state: OperationState = OperationState.REFUSED
+    committed: bool = False
+    """Whether the host decided for it: it owns what the command was to bring."""
+    phase: str = ""
+    error: dict[str, Any] | None = None
+    journal_id: str = ""
+    clean: bool = True
+    """Whether the host has neither a guest nor files of the instance (what a no is worth after a lost journal)."""
+    generation: Count = 0
+    """The instance's, as the host has it."""
+
+
 class Accepted(Object, frozen=True, kw_only=True):
     """The answer to a command: the operation that will do it. ``operation`` is ``None`` for ``check_only``."""
 

@@ -32,6 +32,7 @@ class Admission:
         self._running: dict[int, Ticket] = {}
         self._count: Counter[str] = Counter()
         self._urgent: set[int] = set()
+        self._aside: set[int] = set()
         self._waiting = 0
 
     def add(self, ticket: Ticket) -> list[Ticket]:
@@ -59,11 +60,27 @@ class Admission:
                     return [self._run(ticket)]
         return []
 
+    def step_aside(self, id_: int) -> list[Ticket]:
+        """A running ticket only waits from now on: its place in its class and in its instance's line is free.
+
+        It never asks for them again. Returns what may start now.
+        """
+        if id_ in self._aside or id_ not in self._running:
+            return []
+        self._aside.add(id_)
+        return self._leave(self._running[id_])
+
     def done(self, id_: int) -> list[Ticket]:
         """A running ticket ended. Returns what may start now."""
         ticket = self._running.pop(id_)
-        self._count[ticket.limit] -= 1
         self._urgent.discard(id_)
+        if id_ in self._aside:
+            self._aside.discard(id_)
+            return []
+        return self._leave(ticket)
+
+    def _leave(self, ticket: Ticket) -> list[Ticket]:
+        self._count[ticket.limit] -= 1
         started = []
         if ticket.instance is not None:
             line = self._line[ticket.instance]

@@ -139,7 +139,8 @@ class Executor:
             return
         self._write(run, lambda tx: self._begin(tx, run, steps, position))
         for index in range(position, len(steps)):
-            run.check()
+            if steps[index].cancellable:
+                run.check()
             self._one(run, kind, steps, index)
 
     def _position(self, run: Run, steps: Sequence[Step]) -> int:
@@ -173,7 +174,7 @@ class Executor:
 
         def record(tx: Tx) -> None:
             if isinstance(step, Commit):
-                if journal.by_id(tx, run.id).cancel_requested:
+                if step.cancellable and journal.by_id(tx, run.id).cancel_requested:
                     raise Cancelled(f"operation {run.uuid} was cancelled")
                 step.record(tx, run)
                 journal.update(tx, run.id, committed=1)
@@ -208,7 +209,7 @@ class Executor:
                 self._stuck.failed(run, kind, name, error, counted)
             return verdict
 
-        retrying = _backoff(run, again)
+        retrying = _backoff(run, again, step.cancellable)
         result = retrying(do, run)
         run.waiting_for = None
         return int(retrying.statistics.get("attempt_number", 1)), result
@@ -217,6 +218,7 @@ class Executor:
 
     def _undo(self, run: Run, kind: Kind, steps: Sequence[Step], error: ComputeError) -> None:
         run.undoing = True
+        run.error = error
         rows = self._database.read(lambda tx: journal.steps_of(tx, run.id))
         begun = {s.name for s in rows if s.direction == "do"}
         undone = {s.name for s in rows if s.direction == "undo" and s.state == "done"}
@@ -327,11 +329,13 @@ def decide_again(error: Exception, run: Run, kind: Kind, counted: int, attempts:
     return False, f"failed {attempts} times"
 
 
-def _backoff(run: Run, again: Callable[[tenacity.RetryCallState], bool]) -> tenacity.Retrying:
+def _backoff(
+    run: Run, again: Callable[[tenacity.RetryCallState], bool], cancellable: bool = True
+) -> tenacity.Retrying:
     return tenacity.Retrying(
         retry=again,
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=10) + tenacity.wait_fixed(0.1),
-        sleep=run.pause,
+        sleep=run.pause if cancellable else run.sleep,
         reraise=True,
     )
 

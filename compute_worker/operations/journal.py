@@ -210,9 +210,12 @@ def by_id(tx: Tx, operation: int) -> Entry:
 
 
 def by_uuid(tx: Tx, uuid: str) -> Entry | None:
-    """The newest operation of this uuid (a chain has one on each host for each message); one that was accepted before
-    one that was refused."""
-    sql = "SELECT * FROM operations WHERE uuid = ? ORDER BY state = 'refused', id DESC LIMIT 1"
+    """The operation of this uuid. A chain has one on each host for each message: one that is open, else one that ran
+    (not merely wrote a row), else the newest; one that was refused comes last."""
+    sql = (
+        f"SELECT * FROM operations WHERE uuid = ? ORDER BY {OPEN_SQL} DESC, state = 'refused',"
+        " EXISTS (SELECT 1 FROM steps WHERE operation = operations.id) DESC, id DESC LIMIT 1"
+    )
     row = tx.execute(sql, (uuid,)).fetchone()
     return _entry(row) if row else None
 

@@ -24,6 +24,8 @@ class Step(abc.ABC):
     """
 
     name: str
+    cancellable: bool = True
+    """Whether a cancel may end the operation here. Without, the step itself asks whoever decides (another host)."""
 
     @abc.abstractmethod
     def do(self, run: Run) -> Result:
@@ -42,9 +44,15 @@ class Do(Step):
     """A step from functions. Without ``undo`` there is nothing to put back."""
 
     def __init__(
-        self, name: str, do: Callable[[Run], Result], undo: Callable[[Run], None] | None = None
+        self,
+        name: str,
+        do: Callable[[Run], Result],
+        undo: Callable[[Run], None] | None = None,
+        *,
+        cancellable: bool = True,
     ) -> None:
         self.name = name
+        self.cancellable = cancellable
         self._do = do
         self._undo = undo
 
@@ -62,12 +70,14 @@ class Commit(Step):
     """The point of no return, a row in the journal: before it failure undoes, after it only forward.
 
     ``record`` writes in the same transaction whatever becomes true with it; when it raises, the operation is undone.
+    Not ``cancellable``: it only records what another host has decided.
     """
 
     name = "commit"
 
-    def __init__(self, record: Callable[[Tx, Run], None]) -> None:
+    def __init__(self, record: Callable[[Tx, Run], None], *, cancellable: bool = True) -> None:
         self.record = record
+        self.cancellable = cancellable
 
     def do(self, run: Run) -> Result:
         """The runner writes the row itself, in one transaction with :attr:`record`."""

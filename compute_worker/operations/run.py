@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from compute_worker.errors import Cancelled
+from compute_worker.errors import Cancelled, ComputeError
 from compute_worker.objects import Progress
 from compute_worker.operations.journal import Entry
 
@@ -50,10 +50,14 @@ class Run:
         self.told_waiting_at: float | None = None
         self._cancelled = entry.cancel_requested
         self._stopping = False
+        self._nudges = 0
         self._changed = threading.Condition()
         self._callbacks: list[Callable[[], None]] = []
         self._sample: tuple[float, int] | None = None
         self.on_report: Callable[[Run, bool], None] | None = None
+        self.on_step_aside: Callable[[Run], None] | None = None
+        self.error: ComputeError | None = None
+        """Why it is being undone."""
 
     def report(
         self, phase: str, done_bytes: int | None = None, total_bytes: int | None = None, **detail: float | int | str
@@ -83,6 +87,11 @@ class Run:
     def explain(self, reason: str) -> None:
         """Why the step does what it does; journalled with its end."""
         self.reason = reason
+
+    def step_aside(self) -> None:
+        """From now on it only waits for somebody else: others get its slot and its instance's line."""
+        if self.on_step_aside is not None:
+            self.on_step_aside(self)
 
     @property
     def cancel_requested(self) -> bool:
@@ -138,18 +147,26 @@ class Run:
         """Sleep between two attempts; leaves early when asked to."""
         self.wait(lambda: False, seconds)
 
-    def sleep(self, seconds: float) -> None:
-        """The same, and not even a cancel ends it: only the worker's end does."""
+    def sleep(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        """The same, and not even a cancel ends it: only the worker's end does, or ``until()``, looked at when woken."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if self._stopping:
                 raise Stopping
+            if until():
+                return
             with self._changed:
                 self._changed.wait(min(left, _LOOK_AGAIN))
+
+    @property
+    def nudges(self) -> int:
+        """How often it was woken: grows when something may have changed."""
+        return self._nudges
 
     def wake(self) -> None:
         """Make :meth:`wait` look at once."""
         with self._changed:
+            self._nudges += 1
             self._changed.notify_all()
 
     def cancel(self, preempted: bool = False) -> None:

@@ -69,6 +69,7 @@ class Runner:
                 return
             run = Run(entry)
             run.on_report = self._on_report
+            run.on_step_aside = self._step_aside
             self._runs[entry.id] = run
             self._launch(self._admission.add(Ticket(entry.id, entry.instance, self._kinds[entry.kind].limit)))
 
@@ -100,6 +101,12 @@ class Runner:
         with self._lock:
             del self._runs[run.id]
             tickets = self._admission.done(run.id)
+            if not self._stopping:
+                self._launch(tickets)
+
+    def _step_aside(self, run: Run) -> None:
+        with self._lock:
+            tickets = self._admission.step_aside(run.id)
             if not self._stopping:
                 self._launch(tickets)
 

@@ -40,6 +40,7 @@ class Command:
     :param message: its message, where that has several kinds (a hard reboot): one key for all of them.
     :param operation: the caller's uuid; without it the key is derived from the message's own id.
     :param chain: whose lock it takes (a migration's uuid); its own otherwise.
+    :param attempt: of a move: a later one is another command, with the same ``operation``.
     :param expires_at: seconds since the epoch after which it must not begin.
     :param check_only: everything is checked and nothing written.
     """
@@ -51,6 +52,7 @@ class Command:
     message: str | None = None
     operation: str | None = None
     chain: str | None = None
+    attempt: int = 1
     expires_at: float | None = None
     check_only: bool = False
 
@@ -174,7 +176,8 @@ class Operations:
         """The operation that this command is a repetition of."""
         entry = journal.by_key(tx, key)
         if entry is None:
-            outcome = journal.tombstone_of(tx, f"operation/{command.operation}") if command.operation else None
+            names = (f"operation/{command.operation}", f"key/{key}") if command.operation else ()
+            outcome = next((told for name in names if (told := journal.tombstone_of(tx, name)) is not None), None)
             if outcome is not None:
                 raise errors.OperationRefusedBefore(operation=command.operation, outcome=outcome)
             return None
@@ -269,6 +272,37 @@ class Operations:
         journal.update(tx, entry.id, cancel_requested=1)
         return [entry.id]
 
+    def settle(
+        self, message: str, instance: str, operation: str, attempt: int, revoke: bool
+    ) -> objects.OperationAnswer:
+        """What became of a peer's command. One that never came is refused from now on (``protocol.md`` 7).
+
+        :param revoke: let it end if it is not past its COMMIT; what became of it is told by asking again.
+        """
+        key = key_of(message, instance, operation, attempt)
+        rows: list[int] = []
+
+        def look(tx: Tx) -> objects.OperationAnswer:
+            entry = journal.by_key(tx, key)
+            if entry is None:
+                journal.tombstone(tx, f"key/{key}", "revoked", time.time() + MAX_EXPIRY + self._key_retention)
+                return objects.OperationAnswer(known=False, journal_id=self.database.journal_id)
+            if revoke and not entry.committed and not entry.state.final and not entry.cancel_requested:
+                journal.update(tx, entry.id, cancel_requested=1)
+                rows.append(entry.id)
+            return objects.OperationAnswer(
+                known=True,
+                state=entry.state,
+                committed=entry.committed and entry.state is not OperationState.UNDONE,
+                phase=entry.phase,
+                error=entry.error,
+                journal_id=self.database.journal_id,
+            )
+
+        answer = self.database.write(look)
+        self.interrupt(rows)
+        return answer
+
     def interrupt(self, rows: list[int]) -> None:
         """Make operations that :meth:`cancel` wrote down leave now."""
         for row in rows:
@@ -343,8 +377,14 @@ def _key(command: Command) -> tuple[str, bool]:
     """The command's key, and whether it was derived (``protocol.md`` 5)."""
     message = command.message or command.kind
     if command.operation is not None:
-        return f"{command.instance}/{message}/{command.operation}", False
+        return key_of(message, command.instance, command.operation, command.attempt), False
     return f"{command.instance}/{message}/{command.context.message_id}", True
+
+
+def key_of(message: str, instance: str | None, operation: str, attempt: int = 1) -> str:
+    """The key of a command whose caller named its operation."""
+    again = f"#{attempt}" if attempt > 1 else ""
+    return f"{instance}/{message}/{operation}{again}"
 
 
 def _check_expiry(command: Command) -> None:
