@@ -19,7 +19,7 @@ from compute_worker.operations.database import Database, Tx
 from compute_worker.operations.kinds import Commit, Kind, Step
 from compute_worker.operations.outbox import Outbox
 from compute_worker.operations.run import Run, Stopping
-from compute_worker.operations.stuck import Stuck
+from compute_worker.operations.stuck import Stuck, as_compute_error
 from compute_worker.states import OperationState
 
 LOG = logging.getLogger(__name__)
@@ -79,20 +79,43 @@ class Executor:
         if entry.cancel_requested:
             # Written after the caller of submit() had read its entry, and before there was a run to tell.
             run.cancel(entry.preempted)
-        steps = kind.steps(run)
-        if entry.state is OperationState.UNDOING:
-            self._undo(run, kind, steps, from_dict(entry.error or {}))
+        failed = from_dict(entry.error or {}) if entry.state is OperationState.UNDOING else None
+        steps = self._plan(run, kind, failed)
+        if steps is None:
+            return True
+        if failed is not None:
+            self._undo(run, kind, steps, failed)
             return True
         try:
             self._forward(run, kind, steps)
         except Exception as exc:
-            if run.stopping:
-                # The worker's end interrupts what steps wait for: that is no failure of theirs.
-                raise Stopping from exc
+            self._leave_if_stopping(run, exc)
             if run.committed and not (kind.gives_up or run.preempted):
                 raise
             self._failed(run, kind, steps, self._as_compute_error(run, exc))
         return True
+
+    def _plan(self, run: Run, kind: Kind, failed: ComputeError | None) -> Sequence[Step] | None:
+        """Its steps. ``None``: they cannot be told (arguments of another release), and that was its end.
+
+        What it had begun is then put back by nobody; deleting the instance removes it. After COMMIT this goes on.
+        """
+        run.undoing = failed is not None
+        try:
+            return self._try(run, kind, "plan", kind.steps)[1]
+        except Exception as exc:
+            self._leave_if_stopping(run, exc)
+            run.phase = "plan"
+            error = self._as_compute_error(run, exc)
+            LOG.error("operation %s ends: its steps cannot be told, nothing is put back: %s", run.uuid, error)
+            self._end(run, kind, OperationState.UNDONE, failed or error)
+            return None
+
+    @staticmethod
+    def _leave_if_stopping(run: Run, exc: Exception) -> None:
+        """:raises Stopping: the worker's end interrupts what steps wait for: that is no failure of theirs."""
+        if run.stopping:
+            raise Stopping from exc
 
     def _failed(self, run: Run, kind: Kind, steps: Sequence[Step], error: ComputeError) -> None:
         if run.committed:
@@ -108,10 +131,9 @@ class Executor:
 
     @staticmethod
     def _as_compute_error(run: Run, exc: Exception) -> ComputeError:
-        if isinstance(exc, ComputeError):
-            return exc
-        LOG.exception("operation %s: step %s failed unexpectedly", run.uuid, run.phase)
-        return ComputeError(f"internal error in step {run.phase} of {run.kind}: {type(exc).__name__}")
+        if not isinstance(exc, ComputeError):
+            LOG.exception("operation %s: step %s failed unexpectedly", run.uuid, run.phase)
+        return as_compute_error(exc, run.kind, run.phase)
 
     def _write(self, run: Run, func: Callable[[Tx], None]) -> None:
         """Record, however long the journal cannot be written (a full disk): the step's work stands meanwhile."""
@@ -168,7 +190,7 @@ class Executor:
         self._observe(Point.BEFORE_DO, run, step.name, "do")
         attempts, result = 1, None
         if not isinstance(step, Commit):
-            attempts, result = self._try(run, kind, step.name, step.do)
+            attempts, result = self._try(run, kind, step.name, step.do, step.cancellable)
         self._observe(Point.AFTER_DO, run, step.name, "do")
         run.results[step.name] = dict(result or {})
 
@@ -191,7 +213,9 @@ class Executor:
             self._end(run, kind, OperationState.DONE, None, also=record)
             self._observe(Point.AFTER_RECORD, run, step.name, "do")
 
-    def _try(self, run: Run, kind: Kind, name: str, do: Callable[[Run], R]) -> tuple[int, R]:
+    def _try(
+        self, run: Run, kind: Kind, name: str, do: Callable[[Run], R], cancellable: bool = True
+    ) -> tuple[int, R]:
         """Run one step until it ends well or its error stands. Returns the attempts it took and its result."""
         counted = 0
 
@@ -209,7 +233,7 @@ class Executor:
                 self._stuck.failed(run, kind, name, error, counted)
             return verdict
 
-        retrying = _backoff(run, again, step.cancellable)
+        retrying = _backoff(run, again, cancellable)
         result = retrying(do, run)
         run.waiting_for = None
         return int(retrying.statistics.get("attempt_number", 1)), result
@@ -322,6 +346,8 @@ def decide_again(error: Exception, run: Run, kind: Kind, counted: int, attempts:
         return True, "waits until it answers"
     if run.committed and not kind.gives_up:
         return True, "committed: only forward"
+    if run.undoing and isinstance(error, Retryable):
+        return True, "what it did is put back, however long that takes"
     if not isinstance(error, Retryable):
         return False, "trying again cannot help"
     if counted < attempts:
