@@ -1,11 +1,14 @@
 """File systems of ephemeral and swap disks: which one, and making it.
 
+What is made follows from kind, size and label alone, where the program lets it (ext2 to ext4, vfat, swap): the same
+program makes the same bytes on every host, so that an overlay that moves finds its base there.
 The names of bases come from a fixed table and two numbers, never from what a tenant wrote (CVE-2013-6437).
 """
 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from compute_worker.virt.driver import Job
 
 _LIMITS = Limits(cpu_seconds=120, address_space_bytes=2 << 30)
+_EPOCH = {"E2FSPROGS_FAKE_TIME": "1577836800"}
+"""What e2fsprogs takes for the time of day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +33,19 @@ class _Maker:
     options: tuple[str, ...]
     label: tuple[str, ...]
     """The option that takes the label; empty: it takes none."""
+    identity: tuple[str, ...] = ()
+    """Options that leave nothing to chance; ``{uuid}`` and ``{serial}`` are the file system's."""
 
 
+_EXT = ("-U", "{uuid}", "-E", "hash_seed={uuid}")
 _MAKERS = {
-    "ext2": _Maker("mkfs.ext2", ("-q", "-F"), ("-L",)),
-    "ext3": _Maker("mkfs.ext3", ("-q", "-F"), ("-L",)),
-    "ext4": _Maker("mkfs.ext4", ("-q", "-F"), ("-L",)),
+    "ext2": _Maker("mkfs.ext2", ("-q", "-F"), ("-L",), _EXT),
+    "ext3": _Maker("mkfs.ext3", ("-q", "-F"), ("-L",), _EXT),
+    "ext4": _Maker("mkfs.ext4", ("-q", "-F"), ("-L",), _EXT),
     "xfs": _Maker("mkfs.xfs", ("-q", "-f"), ("-L",)),
-    "vfat": _Maker("mkfs.vfat", (), ("-n",)),
+    "vfat": _Maker("mkfs.vfat", (), ("-n",), ("--invariant", "-i", "{serial}")),
     "ntfs": _Maker("mkfs.ntfs", ("--force", "--fast", "--quiet"), ("--label",)),
-    "swap": _Maker("mkswap", (), ("-L",)),
+    "swap": _Maker("mkswap", (), ("-L",), ("-U", "{uuid}")),
 }
 
 FORMATS = tuple(name for name in _MAKERS if name != "swap")
@@ -92,5 +100,7 @@ def make(path: Path, fs: str, size_bytes: int, label: str, job: Job) -> None:
     with files.disk_errors(path):
         files.create_private(path)
         os.truncate(path, size_bytes)
-    words: list[str | Path] = [maker.program, *maker.options, *maker.label, label, path]
-    process.run(words, job, limits=_LIMITS, writes=path)
+    made_of = uuid.uuid5(uuid.NAMESPACE_OID, f"{fs} {size_bytes} {label}")
+    identity = [word.format(uuid=made_of, serial=made_of.hex[:8]) for word in maker.identity]
+    words: list[str | Path] = [maker.program, *maker.options, *identity, *maker.label, label, path]
+    process.run(words, job, limits=_LIMITS, writes=path, environment=_EPOCH)

@@ -10,7 +10,7 @@ import selectors
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +49,11 @@ def run(
     writes: Path | None = None,
     on_output: Callable[[bytes], None] | None = None,
     cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> str:
     """Run ``argv`` to its end and return what it printed (at most 1 MiB of it).
 
-    The child gets an empty environment, no input, and is killed when the job is cancelled or this thread dies, which it
+    The child gets no environment but ``environment``, no input, and is killed when the job is cancelled or this thread dies, which it
     does with the process.
 
     :param writes: the file it writes, named by ``DiskFull``.
@@ -70,7 +71,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_ENVIRONMENT,
+            env={**_ENVIRONMENT, **(environment or {})},
             cwd=cwd or "/",
             start_new_session=True,
         )

@@ -71,3 +71,13 @@ def test_names_of_bases() -> None:
     assert ephemeral.base_name(20, "ext4") == "ephemeral_20_ext4"
     assert ephemeral.base_name(20, "ext4", 2) == "ephemeral_20_ext4_2"
     assert ephemeral.swap_base_name(512) == "swap_512"
+
+
+@pytest.mark.parametrize("fs", ["ext2", "ext3", "ext4", "vfat", "swap"])
+def test_the_same_bytes_on_every_host(fs: str, tmp_path: Path, job: Job) -> None:
+    """An overlay that moves stands on a base that was made at its destination."""
+    made = []
+    for name, label in (("a", "ephemeral0"), ("b", "ephemeral0"), ("c", "ephemeral1")):
+        ephemeral.make(tmp_path / name, fs, GIB // 16, label, job)
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1] != made[2]
