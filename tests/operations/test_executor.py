@@ -182,8 +182,8 @@ def test_any_schedule_of_deaths_ends_well(tmp_path_factory, deaths, failing):
 
 
 class _FakeRun:
-    def __init__(self, committed=False, preempted=False):
-        self.committed, self.preempted = committed, preempted
+    def __init__(self, committed=False, preempted=False, undoing=False):
+        self.committed, self.preempted, self.undoing = committed, preempted, undoing
 
 
 class _FakeKind:
@@ -200,6 +200,8 @@ class _FakeKind:
         (errors.HypervisorUnavailable(reason=""), _FakeRun(committed=True), _FakeKind(gives_up=True), 99, True),
         (errors.HypervisorBusy(reason=""), _FakeRun(), _FakeKind(), 2, True),
         (errors.HypervisorBusy(reason=""), _FakeRun(), _FakeKind(), 3, False),
+        (errors.HypervisorBusy(reason=""), _FakeRun(undoing=True), _FakeKind(), 99, True),
+        (errors.Broken(), _FakeRun(undoing=True), _FakeKind(), 1, False),
         (errors.Broken(), _FakeRun(), _FakeKind(), 1, False),
         (errors.Broken(), _FakeRun(committed=True), _FakeKind(), 99, True),
         (errors.Broken(), _FakeRun(committed=True), _FakeKind(gives_up=True), 1, False),
