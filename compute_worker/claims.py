@@ -63,6 +63,11 @@ def decide(wanted: Amount, capacity: dict[str, Capacity]) -> tuple[str | None, s
     return None, "fits"
 
 
+def holder_of(instance: str, migration: str, side: str) -> str:
+    """Who holds the claim of one side of a move (``source``: the copy set aside; ``destination``: what is to come)."""
+    return f"{instance}/{migration}/{side}"
+
+
 class Claims:
     """The claims of one host against what :meth:`refresh` was told; accepting never asks the hypervisor."""
 
@@ -84,8 +89,10 @@ class Claims:
         with self._lock:
             return self._found
 
-    def claim(self, tx: Tx, instance: Instance) -> None:
+    def claim(self, tx: Tx, instance: Instance, holder: str | None = None) -> None:
         """Promise the instance what it takes, instead of what it was promised before.
+
+        :param holder: whose claim it is; the instance's own where absent, else one beside it (see :func:`holder_of`).
 
         :raises InsufficientResources: naming the resource; another host may have it.
         :raises HypervisorUnavailable: it was never asked what there is.
@@ -94,24 +101,38 @@ class Claims:
         if found is None:
             raise errors.HypervisorUnavailable(reason="it has not told yet what this host has")
         wanted = amount_of(instance)
-        self.release(tx, instance.uuid)
+        self.release(tx, holder or instance.uuid)
         capacity = capacities(found, self._used(tx), self._options)
         lacking, _ = decide(wanted, capacity)
         if lacking is not None:
             raise errors.InsufficientResources(
                 host=self._host, resource=lacking, requested=getattr(wanted, lacking), free=capacity[lacking].free
             )
-        self.force(tx, instance)
+        self.force(tx, instance, holder)
 
-    def force(self, tx: Tx, instance: Instance) -> None:
+    def force(self, tx: Tx, instance: Instance, holder: str | None = None) -> None:
         """Write the claim of an instance that is here already, whether it fits or not."""
         wanted = amount_of(instance)
-        values = (instance.uuid, wanted.vcpus, wanted.memory_mb, wanted.disk_gb)
+        values = (holder or instance.uuid, wanted.vcpus, wanted.memory_mb, wanted.disk_gb)
         tx.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", values)
 
-    def release(self, tx: Tx, uuid: str) -> None:
+    def release(self, tx: Tx, holder: str) -> None:
         """Take the promise back. Ends well when there is none."""
-        tx.execute("DELETE FROM claims WHERE instance = ?", (uuid,))
+        tx.execute("DELETE FROM claims WHERE instance = ?", (holder,))
+
+    def release_all(self, tx: Tx, uuid: str) -> None:
+        """Take back everything that was promised for an instance: its own claim and those of its moves."""
+        tx.execute("DELETE FROM claims WHERE instance = ? OR instance LIKE ?", (uuid, f"{uuid}/%"))
+
+    def hand_on(self, tx: Tx, holder: str, to: str) -> None:
+        """A claim changes its holder, in the place of what that one held. Ends well when there is none."""
+        if self._has(tx, holder):
+            self.release(tx, to)
+            tx.execute("UPDATE claims SET instance = ? WHERE instance = ?", (to, holder))
+
+    @staticmethod
+    def _has(tx: Tx, holder: str) -> bool:
+        return tx.execute("SELECT 1 FROM claims WHERE instance = ?", (holder,)).fetchone() is not None
 
     def usage(self) -> dict[str, Capacity]:
         """Capacities as they are now; zeros while the host's own are not known."""

@@ -62,6 +62,13 @@ class Compute:
     command_expiry_build: float = option(3600.0, "Seconds after which an unstarted build or move expires.", min=1)
     key_retention: float = option(90_000.0, "Seconds that keys and tombstones outlive their command.", min=60)
     progress_interval: float = option(5.0, "Seconds between two progress notifications of one operation.", min=0.5)
+    allow_resize_to_same_host: bool = option(False, "Whether a resize may stay on its host.")
+    resize_confirm_window: float = option(
+        0.0, "Seconds after which a resized instance is confirmed by itself; 0: never.", min=0
+    )
+    peer_ask_interval: float = option(
+        5.0, "Seconds before another host is asked what became of a move; grows to 12 times as long.", min=0.05
+    )
     max_console_bytes: int = option(102_400, "Most bytes get_console_output answers.", min=1024)
 
 

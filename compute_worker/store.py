@@ -76,7 +76,9 @@ class Store:
 
     def find(self, tx: Tx, uuid: str) -> Instance | None:
         """The instance, unless it is not here or was deleted."""
-        row = tx.execute("SELECT record FROM instances WHERE uuid = ? AND vm_state != 'deleted'", (uuid,)).fetchone()
+        row = tx.execute(
+            "SELECT record FROM instances WHERE uuid = ? AND vm_state NOT IN ('deleted', 'departed')", (uuid,)
+        ).fetchone()
         return _DECODER.decode(row[0]) if row else None
 
     def has_row(self, tx: Tx, uuid: str) -> bool:
@@ -93,9 +95,9 @@ class Store:
         instance = self.find(tx, uuid)
         if instance is not None:
             return instance
-        row = tx.execute("SELECT host FROM departed WHERE uuid = ?", (uuid,)).fetchone()
-        if row is not None:
-            raise errors.InstanceMoved(instance=uuid, host=row[0])
+        host = self.went_to(tx, uuid)
+        if host is not None:
+            raise errors.InstanceMoved(instance=uuid, host=host)
         if self.is_deleted(tx, uuid):
             raise errors.InstanceDeleted(instance=uuid)
         raise errors.InstanceNotFound(instance=uuid, host=self._host)
@@ -109,7 +111,8 @@ class Store:
 
         def look(tx: Tx) -> list[Instance]:
             if since is None:
-                rows = tx.execute("SELECT record FROM instances WHERE vm_state != 'deleted' ORDER BY seq")
+                here = "vm_state NOT IN ('deleted', 'departed')"
+                rows = tx.execute(f"SELECT record FROM instances WHERE {here} ORDER BY seq")
             else:
                 rows = tx.execute("SELECT record FROM instances WHERE seq > ? ORDER BY seq", (since,))
             return [_DECODER.decode(row[0]) for row in rows]
@@ -120,6 +123,24 @@ class Store:
         """Let it go: its row says deleted, its claims and events are gone. Its uuid is *not* tombstoned by this."""
         self.change(tx, uuid, vm_state=VmState.DELETED, task_state=None, power_state=PowerState.NOSTATE, fault=fault)
         tx.execute("DELETE FROM events WHERE instance = ?", (uuid,))
+
+    def depart(self, tx: Tx, uuid: str, host: str) -> None:
+        """It belongs to another host from now on: asked for it, this one says where it went."""
+        gone = self.change(tx, uuid, host=host, task_state=None)
+        if gone is not None:
+            tx.execute("UPDATE instances SET vm_state = 'departed' WHERE uuid = ?", (uuid,))
+            tx.execute("DELETE FROM events WHERE instance = ?", (uuid,))
+        tx.execute("INSERT OR REPLACE INTO departed VALUES (?, ?)", (uuid, host))
+
+    def arrive(self, tx: Tx, instance: Instance) -> Instance:
+        """It belongs to this host from now on."""
+        tx.execute("DELETE FROM departed WHERE uuid = ?", (instance.uuid,))
+        return self.put(tx, instance)
+
+    def went_to(self, tx: Tx, uuid: str) -> str | None:
+        """The host that an instance left for, if it did."""
+        row = tx.execute("SELECT host FROM departed WHERE uuid = ?", (uuid,)).fetchone()
+        return str(row[0]) if row else None
 
     def bury(self, tx: Tx, uuid: str) -> None:
         """Tombstone the uuid: it is never built, received or committed again on this host."""
@@ -155,8 +176,8 @@ class Store:
         return self._database.read(look)
 
     def prune(self, older_than: float) -> None:
-        """Drop rows of instances that were deleted before ``older_than`` (seconds since the epoch)."""
-        sql = "DELETE FROM instances WHERE vm_state = 'deleted' AND changed_at < ?"
+        """Drop rows of instances that were deleted or left before ``older_than`` (seconds since the epoch)."""
+        sql = "DELETE FROM instances WHERE vm_state IN ('deleted', 'departed') AND changed_at < ?"
         self._database.write(lambda tx: tx.execute(sql, (older_than,)))
 
     def used_images(self) -> set[str]:

@@ -344,8 +344,9 @@ class ComputeDriver(abc.ABC):
         """Source: drop the set-aside copy."""
 
     @abc.abstractmethod
-    def set_aside(self, instance: Instance, migration: Migration, job: Job) -> None:
-        """Destination of a revert: power off hard, undefine, keep the files as ``<uuid>_resize``."""
+    def set_aside(self, instance: Instance, migration: Migration) -> list[Part]:
+        """Destination of a revert: power off hard, undefine, keep the files as ``<uuid>_resize`` (``<uuid>_del`` where
+        source and destination are one host). Undone, the guest's files are as they were; it is defined and off."""
 
     @abc.abstractmethod
     def finish_revert_migration(self, instance: Instance, migration: Migration) -> list[Part]:

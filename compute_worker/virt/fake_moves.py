@@ -76,13 +76,27 @@ class ColdMoves(FakeBase):
         """``_resize`` goes, and what a same-host revert set aside."""
         self.delete_files(instance.uuid, (DELETED, RESIZE))
 
-    def set_aside(self, instance: Instance, migration: Migration, job: Job) -> None:
-        """On one host ``_resize`` is the source's copy already: then this one is kept as ``_del``."""
-        self.undefine(instance.uuid)
-        self.unplug_vifs(instance.uuid)
-        same = migration.source_host == migration.dest_host
-        with self._connection.call("set_aside", instance.uuid, job, files=True) as host:
-            host.rename(instance.uuid, "", DELETED if same else RESIZE)
+    def set_aside(self, instance: Instance, migration: Migration) -> list[Part]:
+        """``set_aside``. On one host ``_resize`` is the source's copy already: then this one is kept as ``_del``."""
+        uuid = instance.uuid
+        suffix = DELETED if migration.source_host == migration.dest_host else RESIZE
+
+        def do(job: Job) -> None:
+            self.undefine(uuid)
+            self.unplug_vifs(uuid)
+            with self._connection.call("set_aside", uuid, job, files=True) as host:
+                if host.directory(uuid, suffix) is None:
+                    host.rename(uuid, "", suffix)
+
+        def undo(job: Job) -> None:
+            with self._connection.call("take_back", uuid, files=True) as host:
+                if host.directory(uuid, suffix) is not None and host.directory(uuid) is None:
+                    host.rename(uuid, suffix, "")
+            if self.simulated.directory(uuid) is not None:
+                self.plug_vifs(instance)
+                self.define(instance)
+
+        return [Part("set_aside", do, undo)]
 
     def finish_revert_migration(self, instance: Instance, migration: Migration) -> list[Part]:
         """``restore_files, plug_vifs, define, start_paused``."""

@@ -189,8 +189,7 @@ class ColdMoveContract(_Moves):
         there, _ = self._arrive(world, instance, migration, run(parts, RecordingJob()))
         source, dest = world.driver(world.a), world.driver(world.b)
         dest.unpause(there)
-        for _ in range(times):
-            dest.set_aside(there, migration, RecordingJob())
+        run(dest.set_aside(there, migration), RecordingJob(), times)
         assert world.power(world.b, instance.uuid) == "nostate"
         assert all(f.startswith(f"{instance.uuid}_resize") for f in world.files(world.b, instance.uuid))
         assert world.files(world.b, instance.uuid)
@@ -203,6 +202,22 @@ class ColdMoveContract(_Moves):
         assert world.power(world.a, instance.uuid) == "running"
         if world.guest_writes_disk:
             assert world.read_disk(world.a, instance.uuid).endswith(b"written by the guest")
+
+    @pytest.mark.parametrize("same_host", [False, True])
+    def test_set_aside_undone_is_as_it_was(self, world: World, same_host: bool) -> None:
+        dest_host = world.a if same_host else world.b
+        instance, migration, parts = self._begin(world, dest_host=dest_host)
+        there, _ = self._arrive(world, instance, migration, run(parts, RecordingJob()))
+        driver = world.driver(dest_host)
+        driver.unpause(there)
+        before = world.files(dest_host, instance.uuid)
+        aside = driver.set_aside(there, migration)
+        run(aside, RecordingJob())
+        undo(aside, RecordingJob(), 2)
+        assert world.files(dest_host, instance.uuid) == before
+        assert world.power(dest_host, instance.uuid) == "shutdown"
+        driver.power_on(there, RecordingJob())
+        assert world.power(dest_host, instance.uuid) == "running"
 
     @pytest.mark.parametrize("done", range(5))
     def test_revert_undone_is_set_aside_again(self, world: World, done: int) -> None:
@@ -222,7 +237,7 @@ class ColdMoveContract(_Moves):
         driver = world.driver(world.a)
         driver.unpause(there)
         assert {left.kind for left in ours(driver, instance.uuid)} == {"domain", "directory", "resize"}
-        driver.set_aside(there, migration, RecordingJob())
+        run(driver.set_aside(there, migration), RecordingJob())
         run(driver.finish_revert_migration(instance, migration), RecordingJob(), 2)
         driver.unpause(instance)
         driver.confirm_migration(instance, migration, RecordingJob())

@@ -38,7 +38,7 @@ class Unsupported(ComputeDriver):
         """Refused."""
         _refuse("resize and cold migration")
 
-    def set_aside(self, instance: Instance, migration: Migration, job: Job) -> None:
+    def set_aside(self, instance: Instance, migration: Migration) -> list[Part]:
         """Refused."""
         _refuse("resize and cold migration")
 
