@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from compute_worker.errors import Cancelled, ComputeError, Retryable, StoreBusy, from_dict
+from compute_worker.errors import Broken, Cancelled, ComputeError, Retryable, StoreBusy, from_dict
 from compute_worker.operations import journal
 from compute_worker.operations.database import Database, Tx
 from compute_worker.operations.kinds import Commit, Kind, Step
@@ -70,8 +70,11 @@ class Executor:
 
         :raises Stopping: the worker ends; the journal has what is needed to go on.
         :raises Closed: the same, at once.
-        :raises Exception: after COMMIT its end cannot be recorded (a defect): it stays open until the restart.
+        :raises Exception: after COMMIT its end cannot be recorded (a defect), or nobody knows its kind (another
+            release's): it stays open until the restart.
         """
+        if run.kind not in self._kinds:
+            raise Broken(f"this release knows no operation {run.kind}")
         kind = self._kinds[run.kind]
         entry = self._database.read(lambda tx: journal.by_id(tx, run.id))
         if entry.state.final:
@@ -94,6 +97,11 @@ class Executor:
                 raise
             self._failed(run, kind, steps, self._as_compute_error(run, exc))
         return True
+
+    def tell_parked(self, run: Run, exc: Exception) -> None:
+        """Notify that :meth:`execute` raised ``exc``, and that the operation stays open."""
+        if run.kind in self._kinds:
+            self._stuck.tell(run, self._kinds[run.kind], run.phase, exc)
 
     def _plan(self, run: Run, kind: Kind, failed: ComputeError | None) -> Sequence[Step] | None:
         """Its steps. ``None``: they cannot be told (arguments of another release), and that was its end.

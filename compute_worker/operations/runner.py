@@ -15,6 +15,7 @@ from compute_worker.operations.executor import Executor
 from compute_worker.operations.journal import Entry
 from compute_worker.operations.kinds import Kind
 from compute_worker.operations.run import Run, Stopping
+from compute_worker.operations.stuck import as_compute_error
 
 LOG = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Runner:
         self._on_end = on_end
         self._lock = threading.Condition()
         self._runs: dict[int, Run] = {}
+        self._parked: set[int] = set()
         self._threads: set[threading.Thread] = set()
         self._started = False
         self._stopping = False
@@ -71,7 +73,11 @@ class Runner:
             run.on_report = self._on_report
             run.on_step_aside = self._step_aside
             self._runs[entry.id] = run
-            self._launch(self._admission.add(Ticket(entry.id, entry.instance, self._kinds[entry.kind].limit)))
+            self._launch(self._admission.add(self._ticket(run)))
+
+    def _ticket(self, run: Run) -> Ticket:
+        kind = self._kinds.get(run.kind)
+        return Ticket(run.id, run.instance, kind.limit if kind else "unknown")
 
     def _launch(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
@@ -86,8 +92,11 @@ class Runner:
                 self._to_its_end(run)
         except (Stopping, Closed):
             LOG.debug("operation %s goes on after the next start", run.uuid)
-        except Exception:
+        except Exception as exc:
             LOG.exception("operation %s stays open until the worker is started again", run.uuid)
+            self._park(run, exc)
+        else:
+            self._release(run, keep=False)
         finally:
             with self._lock:
                 self._threads.discard(threading.current_thread())
@@ -95,11 +104,30 @@ class Runner:
 
     def _to_its_end(self, run: Run) -> None:
         started = time.monotonic()
-        if self._executor.execute(run) and self._on_end is not None:
-            state = self._database.read(lambda tx: journal.by_id(tx, run.id)).state
+        if not self._executor.execute(run) or self._on_end is None:
+            return
+        state = self._database.read(lambda tx: journal.by_id(tx, run.id)).state
+        try:
             self._on_end(run.kind, run.instance, state.value, time.monotonic() - started)
+        except Exception:
+            LOG.exception("that operation %s ended could not be told", run.uuid)
+
+    def _park(self, run: Run, exc: Exception) -> None:
+        """A defect: it stays open, and holds nothing that other operations need. A cancel gives it another try."""
+        run.waiting_for = f"the worker to be started again: {as_compute_error(exc, run.kind, run.phase)}"
+        self._release(run, keep=True)
+        try:
+            self._executor.tell_parked(run, exc)
+        except Exception:
+            LOG.exception("operation %s: that it stays open could not be notified", run.uuid)
+
+    def _release(self, run: Run, keep: bool) -> None:
+        """Its slot and its instance's line are free for others. ``keep``: it is remembered as parked."""
         with self._lock:
-            del self._runs[run.id]
+            if keep:
+                self._parked.add(run.id)
+            else:
+                del self._runs[run.id]
             tickets = self._admission.done(run.id)
             if not self._stopping:
                 self._launch(tickets)
@@ -118,13 +146,18 @@ class Runner:
             return
         run.cancel(preempted)
         with self._lock:
-            if row in self._runs and not self._stopping:
-                self._launch(self._admission.expedite(row))
+            if row not in self._runs or self._stopping:
+                return
+            if row in self._parked:
+                self._parked.discard(row)
+                run.waiting_for = None
+                self._launch(self._admission.add(self._ticket(run)))
+            self._launch(self._admission.expedite(row))
 
     def wake(self, instance: str) -> None:
-        """Make what waits for something about ``instance`` look again."""
+        """Make what waits for something about ``instance`` look again; everything, where that is empty."""
         with self._lock:
-            runs = [run for run in self._runs.values() if run.instance == instance]
+            runs = [run for run in self._runs.values() if not instance or run.instance == instance]
         for run in runs:
             run.wake()
 

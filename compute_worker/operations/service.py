@@ -341,7 +341,7 @@ class Operations:
         return self._runner.counts()
 
     def wake(self, instance: str) -> None:
-        """Make what waits for something about ``instance`` look again."""
+        """Make what waits for something about ``instance`` look again; everything, where that is empty."""
         self._runner.wake(instance)
 
     def prune(self) -> int:
