@@ -311,7 +311,7 @@ class Executor:
                 kind.finish(tx, run)
             else:
                 kind.abandon(tx, run, error)
-            self.write_end(tx, run.id, kind, run.instance, state, error)
+            self.write_end(tx, run, kind, state, error)
 
         self._write(run, record)
         self._outbox.ring()
@@ -325,19 +325,22 @@ class Executor:
             f": {error}" if error else "",
         )
 
-    def write_end(
-        self, tx: Tx, row: int, kind: Kind, instance: str | None, state: OperationState, error: ComputeError | None
-    ) -> None:
-        """The final row of an operation and its last notification. Its secrets leave the journal."""
+    def write_end(self, tx: Tx, run: Run, kind: Kind, state: OperationState, error: ComputeError | None) -> None:
+        """The final row of an operation and its last notification. Its secrets leave the journal.
+
+        Done, its result is what its last step returned.
+        """
         said = error.to_dict() if error else None
         if kind.secret_args:
-            journal.forget_args(tx, row, kind.secret_args)
-        journal.update(tx, row, state=state, phase=state.value, error=_json(said) if said else None)
+            journal.forget_args(tx, run.id, kind.secret_args)
+        result = {} if error else next(reversed(run.results.values()), {})
+        ended = {"state": state, "phase": state.value, "error": _json(said) if said else None, "result": _json(result)}
+        journal.update(tx, run.id, **ended)
         self._outbox.add(
             tx,
             f"instance.{kind.event}.{'error' if error else 'end'}",
-            {"instance": instance, "kind": kind.name, "state": state.value, "error": said},
-            operation_row=row,
+            {"instance": run.instance, "kind": kind.name, "state": state.value, "error": said},
+            operation_row=run.id,
             priority="ERROR" if error else "INFO",
         )
 

@@ -38,6 +38,7 @@ def test_steps_run_in_order_and_results_reach_later_ones(tmp_path):
     assert all(s.state == "done" and s.ended_at >= s.started_at for s in done.steps)
     assert world.things == {"one", "two", "three"}
     assert worker.events() == ["instance.make.start", "instance.make.end"]
+    assert done.result == {"made": "three"}, "what its last step returned"
     worker.close()
 
 
@@ -48,7 +49,7 @@ def test_failure_before_commit_undoes_in_reverse_and_tells(tmp_path):
     worker.operations.start()
     ended = worker.outcome(worker.send().operation)
     assert ended.state is OperationState.UNDONE
-    assert ended.error["class"] == "Broken"
+    assert ended.error["class"] == "Broken" and ended.result == {}
     assert world.things == set()
     assert [s.name for s in ended.steps if s.direction == "undo"] == ["two", "one"]
     assert worker.events()[-1] == "instance.make.error"
@@ -145,7 +146,7 @@ FORWARD = [(s, "do", p) for s, p in itertools.product(STEPS, Point)]
 def test_death_at_every_point_of_the_way_forward(tmp_path, death):
     world = World()
     found, events = die_and_resume(tmp_path / "j", world, [death])
-    assert found.state is OperationState.DONE
+    assert found.state is OperationState.DONE and found.result == {"made": "three"}
     assert world.things == {"one", "two", "three"}
     assert world.made == {"one": 1, "two": 1, "three": 1}
     assert events == ["instance.make.start", "instance.make.end"]
