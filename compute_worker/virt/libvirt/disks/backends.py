@@ -106,8 +106,8 @@ def load(name: str, qemu_img: QemuImg) -> ImageBackend:
     return made
 
 
-def sparse_copy(source: Path, target: Path, job: Job) -> None:
-    """Copy a file's data, not its holes, into ``target`` (made if need be), reporting bytes.
+def sparse_copy(source: Path, target: Path, job: Job, phase: str = PHASE) -> None:
+    """Copy a file's data, not its holes, into ``target`` (made if need be), reporting ``phase`` in bytes.
 
     :raises compute_worker.errors.DiskFull: no room for it.
     """
@@ -125,7 +125,7 @@ def sparse_copy(source: Path, target: Path, job: Job) -> None:
             while at < end:
                 job.check()
                 at += _copy(old.fileno(), new.fileno(), at, min(end - at, _COPY_BYTES))
-                job.report(PHASE, at, size)
+                job.report(phase, at, size)
 
 
 def _next_extent(fd: int, at: int) -> tuple[int, int] | None:

@@ -1,0 +1,334 @@
+"""A small NBD client: fixed newstyle handshake, TLS by STARTTLS, pipelined writes, reads, block status.
+
+The protocol is described at https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md. One connection belongs
+to one thread; only :meth:`Connection.abort` may be called from another.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_OPTION = 0x49484156454F5054
+_OPTION_REPLY = 0x3E889045565A9
+_REQUEST = 0x25609513
+_SIMPLE, _STRUCTURED = 0x67446698, 0x668E33EF
+_OPT_ABORT, _OPT_STARTTLS, _OPT_GO, _OPT_STRUCTURED, _OPT_META = 2, 5, 7, 8, 10
+_REP_ACK, _REP_INFO, _REP_META = 1, 3, 4
+_READ, _WRITE, _DISC, _FLUSH, _ZEROES, _STATUS = 0, 1, 2, 3, 6, 7
+_FLAG_DF, _FLAG_NO_HOLE = 4, 2
+_DATA, _HOLE, _BLOCK_STATUS, _ERROR = 1, 2, 5, 0x8000
+_MAX_REPLY = 40 << 20
+_MAX_ZEROES = 1 << 30
+HEADER = struct.Struct(">IHHQQI")
+"""A request; :meth:`Connection.write` wants this much room before the data."""
+
+ANSWER_SECONDS = 30.0
+"""Silence after which a server is taken for dead."""
+FLUSH_SECONDS = 300.0
+"""A flush may wait for a slow disk to take what has piled up."""
+IN_FLIGHT = 8
+
+
+class NbdError(Exception):
+    """The server refused, or what it said is not NBD."""
+
+
+class ConnectionLost(NbdError):
+    """The connection broke, or the server fell silent."""
+
+
+class WrongPeer(NbdError):
+    """TLS failed: the other end is not who it should be, or does not believe that we are."""
+
+
+class RequestFailed(NbdError):
+    """The server could not do what was asked. ``errno``: why (NBD's numbers are Linux's)."""
+
+    def __init__(self, what: str, code: int) -> None:
+        self.errno = code
+        super().__init__(f"{what}: {os.strerror(code)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How a connection is secured: with which certificates, and the name that the server's must carry."""
+
+    context: ssl.SSLContext
+    server_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A piece of a disk and what a metadata context says of it (``base:allocation``: 1 hole, 2 reads as zero)."""
+
+    length: int
+    flags: int
+
+
+class Connection:
+    """A connection to one export. ``size``: of the disk, in bytes.
+
+    :param address: host and port, or the path of a unix socket.
+    :param contexts: metadata contexts that :meth:`block_status` is asked about.
+    :raises ConnectionLost: nobody answers.
+    :raises WrongPeer: the certificates do not fit.
+    :raises NbdError: no such export, or the server wants what we do not.
+    """
+
+    def __init__(
+        self, address: tuple[str, int] | Path, export: str, tls: Tls | None = None, contexts: Sequence[str] = ()
+    ) -> None:
+        self.size = 0
+        self._contexts: dict[str, int] = {}
+        self._structured = bool(contexts)
+        self._handle = 0
+        self._in_flight: dict[int, str] = {}
+        self._socket: socket.socket = _connect(address)
+        try:
+            self._negotiate(export, tls, contexts)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    # --- handshake ----------------------------------------------------------------------------------------------
+
+    def _negotiate(self, export: str, tls: Tls | None, contexts: Sequence[str]) -> None:
+        greeting = self._receive(18)
+        if greeting[:16] != b"NBDMAGICIHAVEOPT" or not greeting[17] & 1:
+            raise NbdError("the server does not speak newstyle NBD")
+        no_zeroes = greeting[17] & 2
+        self._send(struct.pack(">I", 1 | no_zeroes))
+        if tls is not None:
+            self._start_tls(tls)
+        name = export.encode()
+        if contexts:
+            self._option(_OPT_STRUCTURED, b"")
+            queries = b"".join(struct.pack(">I", len(c)) + c.encode() for c in contexts)
+            asked = struct.pack(">I", len(name)) + name + struct.pack(">I", len(contexts)) + queries
+            for kind, data in self._option(_OPT_META, asked):
+                if kind == _REP_META:
+                    self._contexts[data[4:].decode()] = struct.unpack(">I", data[:4])[0]
+            missing = [c for c in contexts if c not in self._contexts]
+            if missing:
+                raise NbdError(f"the server does not offer {', '.join(missing)}")
+        for kind, data in self._option(_OPT_GO, struct.pack(">I", len(name)) + name + struct.pack(">H", 0)):
+            if kind == _REP_INFO and data[:2] == b"\0\0":
+                self.size = struct.unpack(">Q", data[2:10])[0]
+
+    def _start_tls(self, tls: Tls) -> None:
+        self._option(_OPT_STARTTLS, b"")
+        try:
+            self._socket = tls.context.wrap_socket(self._socket, server_hostname=tls.server_name)
+        except ssl.SSLCertVerificationError as exc:
+            raise WrongPeer(f"the certificate of {tls.server_name} is refused: {exc.verify_message}") from None
+        except ssl.SSLError as exc:
+            raise WrongPeer(f"no TLS with {tls.server_name}: {exc.reason or exc}") from None
+        except OSError as exc:
+            raise ConnectionLost(f"no TLS with {tls.server_name}: {exc}") from None
+
+    def _option(self, option: int, data: bytes) -> list[tuple[int, bytes]]:
+        """Ask for an option; every reply up to its acknowledgement."""
+        self._send(struct.pack(">QII", _OPTION, option, len(data)) + data)
+        replies: list[tuple[int, bytes]] = []
+        while True:
+            magic, about, kind, length = struct.unpack(">QIII", self._receive(20))
+            if magic != _OPTION_REPLY or about != option or length > _MAX_REPLY:
+                raise NbdError("the server's answer in the handshake is garbled")
+            body = bytes(self._receive(length))
+            if kind == _REP_ACK:
+                return replies
+            if kind & 0x80000000:
+                said = body.decode(errors="replace") or _REFUSALS.get(kind & 0xFFFF, f"error {kind & 0xFFFF}")
+                raise NbdError(f"the server refuses option {option}: {said}"[:300])
+            replies.append((kind, body))
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Begin to write ``buffer`` past its first ``HEADER.size`` bytes, which are room for us; it may be reused
+        when this returns. Errors come from this or a later call, at the latest from :meth:`flush`."""
+        count = len(buffer) - HEADER.size
+        handle = self._begin(f"writing {count} bytes at {offset}")
+        HEADER.pack_into(buffer, 0, _REQUEST, 0, _WRITE, handle, offset, count)
+        self._send(buffer)
+        self._settle(IN_FLIGHT)
+
+    def write_zeroes(self, offset: int, count: int, *, keep_hole: bool = True) -> None:
+        """Begin to make a range read as zeros; ``keep_hole``: the server may leave a hole there."""
+        while count > 0:
+            piece = min(count, _MAX_ZEROES)
+            self._request(_ZEROES, offset, piece, flags=0 if keep_hole else _FLAG_NO_HOLE)
+            self._settle(IN_FLIGHT)
+            offset, count = offset + piece, count - piece
+
+    def flush(self) -> None:
+        """Wait until everything that was written before is on the server's disk.
+
+        :raises RequestFailed: a write before it failed, or the flush did.
+        """
+        self._settle(0)
+        self._socket.settimeout(FLUSH_SECONDS)
+        self._request(_FLUSH, 0, 0)
+        self._settle(0)
+        self._socket.settimeout(ANSWER_SECONDS)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with what is at ``offset``."""
+        self._settle(0)
+        what = f"reading {len(buffer)} bytes at {offset}"
+        handle = self._request(_READ, offset, len(buffer), what=what)
+        while self._reply(handle, what, buffer, offset):
+            continue
+        del self._in_flight[handle]
+
+    def block_status(self, context: str, offset: int, count: int) -> list[Status]:
+        """What ``context`` says of the range, from its beginning; the server may answer for less of it, or more."""
+        self._settle(0)
+        what = f"status of {count} bytes at {offset}"
+        handle = self._request(_STATUS, offset, count, what=what)
+        found: list[Status] = []
+        while True:
+            flags, kind, body = self._chunk(handle, what)
+            if kind == _BLOCK_STATUS and struct.unpack(">I", body[:4])[0] == self._contexts[context]:
+                found = [Status(*pair) for pair in struct.iter_unpack(">II", body[4:])]
+            if flags & 1:
+                del self._in_flight[handle]
+                return found
+
+    def close(self) -> None:
+        """Leave; ends well on a connection that is broken already."""
+        with suppress(NbdError, OSError):
+            self._socket.settimeout(1)
+            self._send(HEADER.pack(_REQUEST, 0, _DISC, 0, 0, 0))
+        self._socket.close()
+
+    def abort(self) -> None:
+        """Break the connection, from any thread: whoever waits on it gets :class:`ConnectionLost`."""
+        with suppress(OSError):
+            # Of an SSL socket this is the plain socket's: no goodbye that would have to wait for an answer.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _begin(self, what: str) -> int:
+        self._handle += 1
+        self._in_flight[self._handle] = what
+        return self._handle
+
+    def _request(self, kind: int, offset: int, count: int, *, flags: int = 0, what: str = "") -> int:
+        handle = self._begin(what or f"request {kind} of {count} bytes at {offset}")
+        self._send(HEADER.pack(_REQUEST, flags, kind, handle, offset, count))
+        return handle
+
+    def _settle(self, left: int) -> None:
+        """Read replies until at most ``left`` requests are unanswered."""
+        while len(self._in_flight) > left:
+            self._one_reply()
+
+    def _one_reply(self) -> None:
+        magic = struct.unpack(">I", self._receive(4))[0]
+        if magic == _SIMPLE:
+            code, handle = struct.unpack(">IQ", self._receive(12))
+        elif magic == _STRUCTURED:
+            _, kind, handle, length = struct.unpack(">HHQI", self._receive(16))
+            body = self._receive(length) if length <= _MAX_REPLY else b""
+            code = struct.unpack(">I", body[:4])[0] if kind & _ERROR else 0
+        else:
+            raise NbdError("the server's answer is garbled")
+        what = self._in_flight.pop(handle, "")
+        if code:
+            raise RequestFailed(what, code)
+
+    def _chunk(self, handle: int, what: str) -> tuple[int, int, bytes]:
+        """One piece of a structured reply: flags, type, content."""
+        magic, flags, kind, about, length = struct.unpack(">IHHQI", self._receive(20))
+        if magic != _STRUCTURED or about != handle or length > _MAX_REPLY:
+            raise NbdError("the server's answer is garbled")
+        body = bytes(self._receive(length))
+        if kind & _ERROR:
+            raise RequestFailed(what, struct.unpack(">I", body[:4])[0])
+        return flags, kind, body
+
+    def _reply(self, handle: int, what: str, buffer: memoryview, offset: int) -> bool:
+        """One piece of the answer to a read; whether more follows."""
+        if not self._structured:
+            magic, code, about = struct.unpack(">IIQ", self._receive(16))
+            if magic != _SIMPLE or about != handle:
+                raise NbdError("the server's answer is garbled")
+            if code:
+                raise RequestFailed(what, code)
+            self._receive_into(buffer)
+            return False
+        magic, flags, kind, about, length = struct.unpack(">IHHQI", self._receive(20))
+        if magic != _STRUCTURED or about != handle or length > _MAX_REPLY:
+            raise NbdError("the server's answer is garbled")
+        if kind == _DATA:
+            at = struct.unpack(">Q", self._receive(8))[0] - offset
+            if at < 0 or at + length - 8 > len(buffer):
+                raise NbdError("the server answers a read with other bytes")
+            self._receive_into(buffer[at : at + length - 8])
+        else:
+            body = bytes(self._receive(length))
+            if kind & _ERROR:
+                raise RequestFailed(what, struct.unpack(">I", body[:4])[0])
+            if kind == _HOLE:
+                first, count = struct.unpack(">QI", body)
+                if first < offset or first - offset + count > len(buffer):
+                    raise NbdError("the server answers a read with other bytes")
+                buffer[first - offset : first - offset + count] = bytes(count)
+        return not flags & 1
+
+    def _send(self, data: bytes | memoryview) -> None:
+        try:
+            self._socket.sendall(data)
+        except (OSError, ValueError) as exc:
+            raise self._lost(exc) from None
+
+    def _receive(self, count: int) -> bytearray:
+        data = bytearray(count)
+        self._receive_into(memoryview(data))
+        return data
+
+    def _receive_into(self, buffer: memoryview) -> None:
+        at = 0
+        while at < len(buffer):
+            try:
+                got = self._socket.recv_into(buffer[at:])
+            except (OSError, ValueError) as exc:
+                raise self._lost(exc) from None
+            if not got:
+                raise ConnectionLost("the server closed the connection")
+            at += got
+
+    @staticmethod
+    def _lost(exc: Exception) -> NbdError:
+        if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or ""):
+            # In TLS 1.3 a server that refuses our certificate says so only after the handshake.
+            return WrongPeer(f"the server refuses our certificate: {exc.reason}")
+        return ConnectionLost(str(exc) or type(exc).__name__)
+
+
+_REFUSALS = {1: "unknown", 2: "forbidden", 3: "invalid", 4: "not possible", 5: "it wants TLS", 6: "no such export"}
+
+
+def _connect(address: tuple[str, int] | Path) -> socket.socket:
+    try:
+        if isinstance(address, Path):
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            made.settimeout(ANSWER_SECONDS)
+            made.connect(str(address))
+            return made
+        made = socket.create_connection(address, timeout=ANSWER_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as exc:
+        where = address if isinstance(address, Path) else f"{address[0]} port {address[1]}"
+        reason = exc.strerror or str(exc)
+        raise ConnectionLost(f"{where}: {reason}") from None
+    return made
