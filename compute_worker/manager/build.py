@@ -9,7 +9,7 @@ import msgspec
 
 from compute_worker import errors, objects
 from compute_worker.errors import ComputeError
-from compute_worker.manager.core import Core, as_step
+from compute_worker.manager.core import Core, as_step, settle_record
 from compute_worker.objects import InjectedFile, Instance
 from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Commit, Do, Kind, Step
@@ -89,12 +89,12 @@ def kind(core: Core) -> Kind:
 
     def finish(tx: Tx, run: Run) -> None:
         assert run.instance is not None
-        core.store.change(
+        settle_record(
+            core.store,
             tx,
             run.instance,
             vm_state=VmState.ACTIVE,
             power_state=PowerState.RUNNING,
-            task_state=None,
             launched_at=time.time(),
         )
 

@@ -14,7 +14,7 @@ from compute_worker.operations.database import Database, Tx
 from compute_worker.operations.kinds import Do
 from compute_worker.operations.run import Run
 from compute_worker.operations.service import Admit, Command, Operations
-from compute_worker.states import COMMANDS, allowed
+from compute_worker.states import COMMANDS, TaskState, allowed
 from compute_worker.store import Store
 from compute_worker.virt.driver import ComputeDriver, Part
 
@@ -101,6 +101,14 @@ def require_state(store: Store, tx: Tx, uuid: str, command: str) -> Instance:
 def begin(store: Store, tx: Tx, instance: Instance, command: str) -> None:
     """Write the task state that goes with an accepted command."""
     store.change(tx, instance.uuid, task_state=COMMANDS[command].task_state)
+
+
+def settle_record(store: Store, tx: Tx, uuid: str, **changes: Any) -> None:
+    """The end of an operation: the record has no task any more, unless a delete began meanwhile."""
+    now = store.find(tx, uuid)
+    if now is not None:
+        task = now.task_state if now.task_state is TaskState.DELETING else None
+        store.change(tx, uuid, task_state=task, **changes)
 
 
 def as_step(part: Part) -> Do:

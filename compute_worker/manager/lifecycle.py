@@ -113,15 +113,13 @@ class LifecycleEndpoint:
     ) -> Accepted:
         """Stop the instance: asked by ACPI, again and again, for ``shutdown_timeout`` seconds (the host's default
         where absent), then powered off. ``clean_shutdown=False``: powered off at once."""
-        options = self._core.settings.compute
-        timeout = options.shutdown_timeout if shutdown_timeout is None else shutdown_timeout
         return self._power(
             context,
             "stop_instance",
             instance,
             Wish(operation, expires_at, check_only),
-            timeout=timeout if clean_shutdown else 0.0,
-            retry_interval=options.shutdown_retry_interval,
+            clean_shutdown=clean_shutdown,
+            shutdown_timeout=shutdown_timeout,
         )
 
     @command
@@ -136,15 +134,13 @@ class LifecycleEndpoint:
     ) -> Accepted:
         """Restart the guest. SOFT asks it and falls back to HARD, which pulls the plug and defines it anew."""
         kind = "reboot_instance" if reboot_type == "SOFT" else "reboot_instance_hard"
-        options = self._core.settings.compute
         return self._power(
             context,
             kind,
             instance,
             Wish(operation, expires_at, check_only),
             message="reboot_instance",
-            timeout=options.soft_reboot_timeout if reboot_type == "SOFT" else 0.0,
-            retry_interval=options.shutdown_retry_interval,
+            reboot_type=reboot_type,
         )
 
     @command
@@ -203,7 +199,7 @@ class LifecycleEndpoint:
         wish: Wish,
         *,
         message: str | None = None,
-        **args: float,
+        **args: float | str | None,
     ) -> Accepted:
         return accept(
             self._operations,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+from compute_worker.config import Compute
 from compute_worker.errors import ComputeError
-from compute_worker.manager.core import Core, begin, require_state
+from compute_worker.manager.core import Core, begin, require_state, settle_record
 from compute_worker.objects import Instance
 from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Do, Kind, Step
 from compute_worker.operations.run import Run
 from compute_worker.states import EXPECTED_POWER, VmState, settled
-from compute_worker.virt.driver import ComputeDriver
 
-Act = Callable[[ComputeDriver, Instance, Run], None]
+Act = Callable[[Core, Instance, Run], None]
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,45 @@ class Power:
     event: str
 
 
-def _off(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    clean = driver.power_off(instance, run, run.args["timeout"], run.args["retry_interval"])
+def patience(options: Compute, kind: str, args: Mapping[str, Any]) -> float:
+    """Seconds that a guest has to shut itself down.
+
+    What the caller left out is decided when it runs: it is no argument of the command, which is the same command after
+    the configuration has changed.
+    """
+    if kind == "reboot_instance":
+        return options.soft_reboot_timeout
+    if kind == "reboot_instance_hard" or not args["clean_shutdown"]:
+        return 0.0
+    asked: float | None = args["shutdown_timeout"]
+    return options.shutdown_timeout if asked is None else asked
+
+
+def _off(core: Core, instance: Instance, run: Run) -> None:
+    options = core.settings.compute
+    seconds = patience(options, run.kind, run.args)
+    clean = core.driver.power_off(instance, run, seconds, options.shutdown_retry_interval)
     run.explain("the guest shut itself down" if clean else "the guest was powered off")
 
 
-def _on(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    driver.power_on(instance, run)
+def _on(core: Core, instance: Instance, run: Run) -> None:
+    core.driver.power_on(instance, run)
 
 
-def _pause(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    driver.pause(instance)
+def _pause(core: Core, instance: Instance, run: Run) -> None:
+    core.driver.pause(instance)
 
 
-def _unpause(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    driver.unpause(instance)
+def _unpause(core: Core, instance: Instance, run: Run) -> None:
+    core.driver.unpause(instance)
 
 
-def _suspend(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    driver.suspend(instance, run)
+def _suspend(core: Core, instance: Instance, run: Run) -> None:
+    core.driver.suspend(instance, run)
 
 
-def _resume(driver: ComputeDriver, instance: Instance, run: Run) -> None:
-    driver.resume(instance, run)
+def _resume(core: Core, instance: Instance, run: Run) -> None:
+    core.driver.resume(instance, run)
 
 
 _REBOOT = Power({"power_off": _off, "power_on": _on}, VmState.ACTIVE, "reboot")
@@ -91,19 +108,19 @@ def kind(core: Core, command: str) -> Kind:
 
     def finish(tx: Tx, run: Run) -> None:
         assert run.instance is not None
-        core.store.change(
+        settle_record(
+            core.store,
             tx,
             run.instance,
             vm_state=power.becomes,
             power_state=EXPECTED_POWER[power.becomes],
-            task_state=None,
             fault=None,
         )
 
     def abandon(tx: Tx, run: Run, error: ComputeError) -> None:
         assert run.instance is not None
         if not run.preempted:
-            core.store.change(tx, run.instance, task_state=None, fault=error.message)
+            settle_record(core.store, tx, run.instance, fault=error.message)
 
     return Kind(
         name=command,
@@ -118,4 +135,4 @@ def kind(core: Core, command: str) -> Kind:
 
 
 def _call(core: Core, act: Act, run: Run) -> None:
-    act(core.driver, core.load(run), run)
+    act(core, core.load(run), run)
