@@ -106,6 +106,7 @@ class Recovery:
         self._core = core
         self._operations = operations
         self._interrupted: set[str] | None = None
+        self._told: dict[str, tuple[Action, str]] = {}
 
     def is_interrupted(self, instance: str) -> bool:
         """Whether the host went down under an operation on it: when that has ended, compare before it is recorded."""
@@ -135,10 +136,15 @@ class Recovery:
         self._interrupted = interrupted
         if not interrupted:
             self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
-        for instance, (action, why) in decided.items():
-            if action is not Action.NOTHING:
-                LOG.warning("instance %s: %s: %s", instance, action, why)
+        self._tell({uuid: (action, why) for uuid, (action, why) in decided.items() if action is not Action.NOTHING})
         return decided
+
+    def _tell(self, decided: dict[str, tuple[Action, str]]) -> None:
+        """Log what changed since the last time: a guest of somebody else is no news every ten minutes."""
+        for instance, (action, why) in decided.items():
+            if self._told.get(instance) != (action, why) or action is not Action.REPORT:
+                LOG.warning("instance %s: %s: %s", instance, action, why)
+        self._told = decided
 
     def _facts(self, instance: Instance, guest: GuestInfo | None, busy: bool, rebooted: bool) -> GuestFacts:
         return GuestFacts(

@@ -13,7 +13,7 @@ from compute_worker.manager.recovery import Action
 from compute_worker.objects import ExternalEvent
 from compute_worker.operations.executor import Point
 from compute_worker.states import OperationState, PowerState, VmState
-from compute_worker.virt.driver import NullJob
+from compute_worker.virt.driver import Leftover, NullJob
 from tests.manager.machine import VIF, Machine, make_instance, quiet_deaths
 from tests.waiting import wait_for
 
@@ -221,6 +221,28 @@ def test_leftovers_of_a_deleted_instance_are_removed_at_start(machine, record):
     machine.kill()
     machine.restart()
     wait_for(lambda: machine.host.leftovers() == [], what="the leftovers to go")
+
+
+def test_a_guest_of_somebody_else_is_logged_once_and_again_when_it_changes(machine, monkeypatch, caplog):
+    stranger, compare = make_instance(9).uuid, machine.worker.recovery.compare
+    monkeypatch.setattr(machine.driver, "list_leftovers", lambda: [Leftover(stranger, "domain", "its name")])
+
+    def logged():
+        caplog.clear()
+        assert compare()[stranger][0] is Action.REPORT
+        return [r.getMessage() for r in caplog.records if stranger in r.getMessage()]
+
+    assert len(logged()) == 1
+    assert logged() == []
+    record = msgspec.structs.replace(make_instance(9), host="elsewhere")
+    monkeypatch.setattr(machine.driver, "list_records", lambda: [record])
+    (line,) = logged()
+    assert "elsewhere" in line
+    monkeypatch.setattr(machine.driver, "list_leftovers", list)
+    monkeypatch.setattr(machine.driver, "list_records", list)
+    compare()
+    monkeypatch.setattr(machine.driver, "list_records", lambda: [record])
+    assert len(logged()) == 1, "it went and came back"
 
 
 def test_hypervisor_that_is_down_at_start_is_waited_for(tmp_path):
