@@ -25,6 +25,7 @@ from compute_worker.virt.driver import (
     Part,
     SpawnRequest,
 )
+from compute_worker.virt.libvirt.accounts import blocked_at, groups_of, guest_user
 from compute_worker.virt.libvirt.console import Console
 from compute_worker.virt.libvirt.deeds import Deeds
 from compute_worker.virt.libvirt.disks import process
@@ -36,7 +37,7 @@ from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.host import Host
 from compute_worker.virt.libvirt.later import Unsupported
 from compute_worker.virt.libvirt.power import Power
-from compute_worker.virt.libvirt.resources import Resources, blocked_at, can_direct_io, groups_of, guest_user
+from compute_worker.virt.libvirt.resources import Resources, can_direct_io
 from compute_worker.virt.libvirt.spawn import Spawner
 
 LOG = logging.getLogger(__name__)

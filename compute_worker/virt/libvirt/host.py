@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +13,11 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
-from compute_worker import errors
+from compute_worker.virt.libvirt.accounts import guest_user
 from compute_worker.virt.libvirt.connection import Connection, OpenFunction, Subscriber
 from compute_worker.virt.libvirt.faults import Call, code_of, translated
 from compute_worker.virt.libvirt.guest import Guest
-
-KVM_DEVICE = "/dev/kvm"
+from compute_worker.virt.libvirt.kvm import KVM_DEVICE, choose_domain_type, probe_kvm
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,48 +92,6 @@ def _offer(root: ET.Element, arch: str) -> Offer:
     return Offer()
 
 
-def probe_kvm(device: str = KVM_DEVICE) -> tuple[bool, str]:
-    """Whether the device of KVM opens, and what was seen.
-
-    A device that only this user may not open counts: guests are started by libvirt's user, not by ours.
-    """
-    try:
-        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
-    except PermissionError:
-        return True, f"{device} is there (closed to this user, open to libvirt's)"
-    except OSError as exc:
-        return False, f"{device}: {os.strerror(exc.errno or errno.EIO)}"
-    return True, f"{device} opens"
-
-
-def choose_domain_type(
-    wish: str, offered: frozenset[str], device: tuple[bool, str], kvm_capable: tuple[bool, str]
-) -> tuple[str, str]:
-    """The type guests get, and why.
-
-    :param wish: ``auto``, ``kvm`` or ``qemu`` (the option ``virt_type``).
-    :param offered: domain types in libvirt's capabilities.
-    :param device: what :func:`probe_kvm` saw.
-    :param kvm_capable: whether libvirt's domain capabilities for ``kvm`` exist, and its words.
-    :raises Broken: the wish cannot be met, or libvirt offers nothing we can run.
-    """
-    problems = [
-        text for good, text in (device, ("kvm" in offered, "libvirt does not offer kvm"), kvm_capable) if not good
-    ]
-    if wish == "kvm" and problems:
-        raise errors.Broken(f"virt_type is kvm, which does not work here: {'; '.join(problems)}")
-    if wish in ("auto", "kvm") and not problems:
-        return "kvm", f"{device[1]}, and libvirt offers kvm"
-    if "qemu" in offered:
-        reason = "asked for by virt_type" if wish == "qemu" else f"kvm does not work here: {'; '.join(problems)}"
-        return "qemu", f"{reason}; guests are emulated, which is slow"
-    if "test" in offered:
-        return "test", "libvirt's test driver"
-    raise errors.Broken(
-        f"libvirt offers neither kvm nor qemu guests here, only: {', '.join(sorted(offered)) or 'none'}"
-    )
-
-
 class Host:
     """The host behind ``uri``. Thread-safe. Connects on first use, and again whenever libvirtd comes back.
 
@@ -165,6 +120,7 @@ class Host:
         self._kvm_device = kvm_device
         self._facts_lock = threading.Lock()
         self._facts: tuple[int, HostFacts] | None = None
+        self._chosen: tuple[str, str] | None = None
 
     # The connection.
 
@@ -221,7 +177,7 @@ class Host:
     # Facts.
 
     def facts(self) -> HostFacts:
-        """What this host is; asked once for each connection.
+        """What this host is; asked once for each connection, but the domain type is chosen once and for all.
 
         :raises Broken: the wished domain type does not work here.
         """
@@ -234,12 +190,14 @@ class Host:
 
     def _ask_facts(self) -> HostFacts:
         with self.calling("reading the host's capabilities") as conn:
-            caps = Capabilities.parse(conn.getCapabilities())
+            described = conn.getCapabilities()
+            caps = Capabilities.parse(described)
             info = conn.getInfo()
             kvm = self._domain_capabilities(conn, caps.arch, "kvm")
-            domain_type, reason = choose_domain_type(
-                self._domain_type, caps.offer.domain_types, probe_kvm(self._kvm_device), kvm[:2]
-            )
+            if self._chosen is None:
+                device = probe_kvm(guest_user(described), self._kvm_device)
+                self._chosen = choose_domain_type(self._domain_type, caps.offer.domain_types, device, kvm[:2])
+            domain_type, reason = self._chosen
             chosen = kvm if domain_type == "kvm" else self._domain_capabilities(conn, caps.arch, domain_type)
             return HostFacts(
                 hostname=conn.getHostname(),

@@ -1,17 +1,13 @@
-"""What the host brings: its resources, whether its file system can do direct I/O, whether guests reach their disks."""
+"""What the host brings: its resources, and whether its file system can do direct I/O."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-import re
-import stat
 import threading
 import time
-from collections.abc import Collection
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 from compute_worker.images import files
 from compute_worker.virt.boot import boot_id
@@ -83,37 +79,3 @@ def can_direct_io(directory: Path) -> bool:
         finally:
             probe.unlink(missing_ok=True)
     return True
-
-
-def guest_user(capabilities_xml: str) -> tuple[int, int] | None:
-    """User and group that guests run as, from libvirt's capabilities (the DAC security model); ``None``: not told."""
-    for model in ET.fromstring(capabilities_xml).iterfind("./host/secmodel"):
-        if model.findtext("model") == "dac":
-            match = re.match(r"\+(\d+):\+(\d+)\Z", model.findtext("baselabel", ""))
-            return (int(match[1]), int(match[2])) if match else None
-    return None
-
-
-def blocked_at(path: Path, uid: int, gids: Collection[int]) -> Path | None:
-    """The topmost directory on the way to ``path`` (itself included) that the user may not pass; ``None``: none.
-
-    By mode bits alone: access lists may say otherwise.
-    """
-    if uid == 0:
-        return None
-    for directory in (*reversed(path.parents), path):
-        found = directory.stat()
-        shift = 6 if found.st_uid == uid else 3 if found.st_gid in gids else 0
-        if not stat.S_IMODE(found.st_mode) >> shift & 1:
-            return directory
-    return None
-
-
-def groups_of(uid: int, gid: int) -> set[int]:
-    """The group itself and those that the user is a member of."""
-    import pwd
-
-    try:
-        return {gid, *os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)}
-    except KeyError:
-        return {gid}

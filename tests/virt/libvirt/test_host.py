@@ -1,21 +1,17 @@
 """The host, against libvirt's own test driver."""
 
-import os
-
 import libvirt
 import pytest
 
 from compute_worker import errors
+from compute_worker.virt.libvirt import host as host_module
 from compute_worker.virt.libvirt.events import ConnectionRestored, Lifecycle, LifecycleEvent
-from compute_worker.virt.libvirt.host import Capabilities, Host, choose_domain_type, probe_kvm
+from compute_worker.virt.libvirt.host import Capabilities, Host
 from tests.virt.libvirt.conftest import UUID, domain
 from tests.virt.libvirt.test_faults import error
 from tests.waiting import wait_for
 
 OTHER = "11111111-2222-4333-8444-555555555555"
-YES = (True, "/dev/kvm opens")
-NO = (False, "/dev/kvm: No such file or directory")
-CAPABLE = (True, "libvirt runs kvm guests")
 BOTH = frozenset({"kvm", "qemu"})
 
 QEMU_CAPABILITIES = """
@@ -41,53 +37,6 @@ def test_capabilities_are_read_for_the_hosts_own_architecture():
     assert caps.offer.machine_types == ("pc", "pc-i440fx-7.2", "pc-q35-7.2")
 
 
-@pytest.mark.parametrize(
-    ("wish", "offered", "device", "capable", "expected", "reason"),
-    [
-        ("auto", BOTH, YES, CAPABLE, "kvm", "/dev/kvm opens, and libvirt offers kvm"),
-        ("kvm", BOTH, YES, CAPABLE, "kvm", "/dev/kvm opens"),
-        ("auto", BOTH, NO, CAPABLE, "qemu", "/dev/kvm: No such file or directory; guests are emulated"),
-        ("auto", frozenset({"qemu"}), YES, CAPABLE, "qemu", "libvirt does not offer kvm"),
-        ("auto", BOTH, YES, (False, "no capabilities for kvm"), "qemu", "no capabilities for kvm"),
-        ("qemu", BOTH, YES, CAPABLE, "qemu", "asked for by virt_type"),
-        ("auto", frozenset({"test"}), NO, NO, "test", "test driver"),
-    ],
-)
-def test_the_domain_type_is_chosen_with_a_reason(wish, offered, device, capable, expected, reason):
-    chosen, why = choose_domain_type(wish, offered, device, capable)
-    assert chosen == expected
-    assert reason in why
-
-
-@pytest.mark.parametrize(
-    ("wish", "offered", "device", "message"),
-    [
-        ("kvm", BOTH, NO, "virt_type is kvm, which does not work here: /dev/kvm: No such file"),
-        ("kvm", frozenset({"qemu"}), YES, "libvirt does not offer kvm"),
-        ("auto", frozenset({"xen"}), YES, "neither kvm nor qemu guests here, only: xen"),
-        ("qemu", frozenset(), YES, "only: none"),
-    ],
-)
-def test_a_wish_that_cannot_be_met_is_refused(wish, offered, device, message):
-    with pytest.raises(errors.Broken, match=message):
-        choose_domain_type(wish, offered, device, CAPABLE)
-
-
-def test_probing_kvm(tmp_path, monkeypatch):
-    there = tmp_path / "kvm"
-    there.touch()
-    assert probe_kvm(str(there)) == (True, f"{there} opens")
-    assert probe_kvm(str(tmp_path / "none")) == (False, f"{tmp_path}/none: No such file or directory")
-
-    def refuse(path, flags):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "open", refuse)
-    found, words = probe_kvm(str(there))
-    assert found
-    assert "closed to this user" in words
-
-
 def test_facts(host):
     facts = host.facts()
     assert (facts.vcpus, facts.memory_mb, facts.hypervisor_type, facts.arch) == (4, 4096, "TEST", "i686")
@@ -95,6 +44,14 @@ def test_facts(host):
     assert facts.libvirt_version == libvirt.getVersion()
     assert facts.hostname
     assert host.facts() is facts
+
+
+def test_the_domain_type_is_chosen_once(host, monkeypatch):
+    chosen = iter([("test", "first"), ("qemu", "second")])
+    monkeypatch.setattr(host_module, "choose_domain_type", lambda *about: next(chosen))
+    assert host.facts().domain_type_reason == "first"
+    host._facts = None
+    assert host.facts().domain_type_reason == "first"
 
 
 def test_facts_refuse_a_domain_type_that_is_not_there(uri):

@@ -11,12 +11,7 @@ import pytest
 from compute_worker import errors
 from compute_worker.virt.boot import boot_id
 from compute_worker.virt.libvirt import resources
-from compute_worker.virt.libvirt.resources import Resources, blocked_at, can_direct_io, groups_of, guest_user
-
-CAPABILITIES = """<capabilities><host>
-<secmodel><model>apparmor</model><doi>0</doi></secmodel>
-<secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>{label}</baselabel></secmodel>
-</host></capabilities>"""
+from compute_worker.virt.libvirt.resources import Resources, can_direct_io
 
 
 def test_resources_of_the_host(host: Any, tmp_path: Path) -> None:
@@ -56,39 +51,3 @@ def test_direct_io_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(errors.Broken, match="nosuch"):
         can_direct_io(tmp_path / "nosuch")
-
-
-@pytest.mark.parametrize(
-    ("label", "user"), [("+64055:+64055", (64055, 64055)), ("+0:+0", (0, 0)), ("libvirt-qemu:kvm", None), ("", None)]
-)
-def test_the_user_of_guests(label: str, user: tuple[int, int] | None) -> None:
-    assert guest_user(CAPABILITIES.format(label=label)) == user
-
-
-def test_no_security_model_tells_no_user() -> None:
-    assert guest_user("<capabilities><host/></capabilities>") is None
-
-
-def test_who_may_pass(tmp_path: Path) -> None:
-    inner = tmp_path / "state" / "instances"
-    inner.mkdir(parents=True)
-    for directory in (inner, *inner.parents):
-        if directory.is_relative_to(tmp_path.parent.parent):
-            directory.chmod(0o755)
-    me = os.getuid()
-    assert blocked_at(inner, 64055, {64055}) is None
-    (tmp_path / "state").chmod(0o700)
-    assert blocked_at(inner, 64055, {64055}) == tmp_path / "state"
-    assert blocked_at(inner, me, set()) is None
-    assert blocked_at(inner, 0, set()) is None
-    (tmp_path / "state").chmod(0o710)
-    assert blocked_at(inner, 64055, {inner.stat().st_gid}) is None
-    # The owner's bits count for the owner, also where others may do more.
-    (tmp_path / "state").chmod(0o611)
-    if me != 0:
-        assert blocked_at(inner, me, set()) == tmp_path / "state"
-
-
-def test_groups_of_a_user_without_an_account() -> None:
-    assert groups_of(4_000_000_000, 7) == {7}
-    assert 0 in groups_of(0, 0)
