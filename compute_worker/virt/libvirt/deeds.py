@@ -21,7 +21,7 @@ from compute_worker.virt.libvirt.disks.builder import DiskBuilder
 from compute_worker.virt.libvirt.disks.instance_dir import DELETED, RESIZE
 from compute_worker.virt.libvirt.domain import Domain
 from compute_worker.virt.libvirt.guest import Guest
-from compute_worker.virt.libvirt.host import Host
+from compute_worker.virt.libvirt.host import Host, HostFacts
 from compute_worker.virt.libvirt.xml_builder import CONSOLE_LOG, Hardware, Places
 
 LOG = logging.getLogger(__name__)
@@ -114,15 +114,25 @@ class Deeds:
 
     def _hardware(self, uuid: str) -> Hardware:
         facts = self.host.facts()
-        machine = self.settings.libvirt.machine_type or self._present_machine(uuid) or facts.default_machine
-        return Hardware(facts.domain_type, facts.arch, machine, self.direct_io)
+        machine = self.settings.libvirt.machine_type or self.machine(uuid) or self._machine_of_files(uuid, facts)
+        return Hardware(facts.domain_type, facts.arch, machine or facts.default_machine, self.direct_io)
 
-    def _present_machine(self, uuid: str) -> str:
+    def machine(self, uuid: str) -> str:
+        """The machine type that the guest is defined with; empty where it is not defined."""
         try:
-            system = self.guest(uuid).domain(inactive=True).os
+            return _machine_of(self.guest(uuid).domain(inactive=True))
         except errors.InstanceNotFound:
             return ""
-        return (system.machine if system is not None else None) or ""
+
+    def _machine_of_files(self, uuid: str, facts: HostFacts) -> str:
+        """The one it had here, or where it came from, if this host has it too."""
+        directory = self.disks.directory
+        try:
+            found = _machine_of(Domain.parse((directory.path(uuid) / DEFINITION).read_text()))
+        except (OSError, ValueError):
+            arrival = directory.arrival(uuid)
+            found = arrival.machine if arrival is not None else ""
+        return found if found in facts.machine_types else ""
 
     def touch_console(self, uuid: str) -> None:
         """``console.log`` is there and ours: virtlogd keeps the owner of one that it finds, and makes its own for
@@ -178,3 +188,7 @@ class Deeds:
                 guest.set_metadata(wanted)
         except errors.InstanceNotFound:
             LOG.debug("instance %s has no guest here: its record is in its files alone", instance.uuid)
+
+
+def _machine_of(domain: Domain) -> str:
+    return (domain.os.machine if domain.os is not None else None) or ""

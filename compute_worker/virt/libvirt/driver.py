@@ -7,12 +7,13 @@ calls raise ``HypervisorUnavailable`` until it is back, and ``EventKind.CONNECTE
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from compute_worker import errors
 from compute_worker.config import Settings
-from compute_worker.objects import Diagnostics, DiskInfo, Instance
+from compute_worker.objects import Diagnostics, DiskInfo, Instance, Migration
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import (
     DriverEvent,
@@ -23,9 +24,12 @@ from compute_worker.virt.driver import (
     JobStatistics,
     Leftover,
     Part,
+    Peer,
     SpawnRequest,
 )
 from compute_worker.virt.libvirt.accounts import blocked_at, groups_of, guest_user
+from compute_worker.virt.libvirt.coldmove_destination import ColdMoveDestination
+from compute_worker.virt.libvirt.coldmove_source import ColdMoveSource
 from compute_worker.virt.libvirt.console import Console
 from compute_worker.virt.libvirt.deeds import Deeds
 from compute_worker.virt.libvirt.disks import process
@@ -39,6 +43,7 @@ from compute_worker.virt.libvirt.later import Unsupported
 from compute_worker.virt.libvirt.power import Power
 from compute_worker.virt.libvirt.resources import Resources, can_direct_io
 from compute_worker.virt.libvirt.spawn import Spawner
+from compute_worker.virt.libvirt.transfer.receiver import Receiver
 
 LOG = logging.getLogger(__name__)
 PROGRAMS = {"qemu-img": "qemu-utils", "setpriv": "util-linux", "prlimit": "util-linux"}
@@ -63,8 +68,11 @@ class LibvirtDriver(Unsupported):
         )
         self._deeds = Deeds(settings, self._host, DiskBuilder(settings))
         self._console = Console(self._host)
-        self._spawner = Spawner(self._deeds, self._console)
+        self._receiver = Receiver(settings, self._deeds.disks.directory)
+        self._spawner = Spawner(self._deeds, self._console, self._receiver.stop_all)
         self._power = Power(self._deeds)
+        self._source = ColdMoveSource(self._deeds, self._power)
+        self._destination = ColdMoveDestination(self._deeds, self._receiver)
         self._resources = Resources(self._host, Path(settings.instances_path))
         self._listeners: tuple[Callable[[DriverEvent], None], ...] = ()
 
@@ -94,7 +102,8 @@ class LibvirtDriver(Unsupported):
         self._host.start()
 
     def cleanup_host(self) -> None:
-        """Disconnect; guests run on."""
+        """Disconnect; guests run on, and no disk arrives any more."""
+        self._receiver.stop_all()
         self._host.close()
 
     def register_event_listener(self, callback: Callable[[DriverEvent], None]) -> None:
@@ -265,6 +274,36 @@ class LibvirtDriver(Unsupported):
             if info is not None:
                 return info
         raise errors.InstanceNotFound(instance=instance.uuid, host=self._host.name)
+
+    # --- cold migration and resize ------------------------------------------------------------------------------
+
+    def migrate_disk_and_power_off(
+        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
+    ) -> list[Part]:
+        """``power_off, set_aside, send_<disk>..., verify_copy``."""
+        return self._source.parts(instance, migration, timeout, retry_interval, peer)
+
+    def answer_peer(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Asked by the source's ``power_off`` and ``send_<disk>``."""
+        return self._destination.answer(instance, migration, request)
+
+    def finish_migration(self, instance: Instance, migration: Migration, disk_info: DiskInfo) -> list[Part]:
+        """``verify_disks, fetch_images, grow_disks, plug_vifs, define, start_paused``."""
+        return self._destination.parts(instance, migration, disk_info)
+
+    def confirm_migration(self, instance: Instance, migration: Migration, job: Job) -> None:
+        """Files alone: the guest that runs here now is left as it is."""
+        self._source.confirm(instance, migration, job)
+
+    def set_aside(self, instance: Instance, migration: Migration) -> list[Part]:
+        """``set_aside``."""
+        return self._destination.set_aside(instance, migration)
+
+    def finish_revert_migration(self, instance: Instance, migration: Migration) -> list[Part]:
+        """``restore_files, plug_vifs, define, start_paused``."""
+        return self._source.revert_parts(instance, migration)
+
+    # --- statistics ---------------------------------------------------------------------------------------------
 
     def get_job_statistics(self, uuid: str) -> JobStatistics:
         """Of the job that runs, else of the last one that ended."""

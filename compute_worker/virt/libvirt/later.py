@@ -1,13 +1,12 @@
-"""What this driver cannot do: moves between hosts, and snapshots. Each is refused before anything is touched."""
+"""What this driver cannot do: live migration, and snapshots. Each is refused before anything is touched."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from compute_worker.errors import NotSupported
 from compute_worker.objects import DiskInfo, Instance, MigrateData, Migration
-from compute_worker.virt.driver import ComputeDriver, HostResources, Job, Part, Peer
+from compute_worker.virt.driver import ComputeDriver, HostResources, Job, Part
 
 
 def _refuse(what: str) -> NoReturn:
@@ -19,32 +18,6 @@ class Unsupported(ComputeDriver):
 
     :raises NotSupported: from every method.
     """
-
-    def migrate_disk_and_power_off(
-        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
-    ) -> list[Part]:
-        """Refused."""
-        _refuse("resize and cold migration")
-
-    def answer_peer(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Refused."""
-        _refuse("resize and cold migration")
-
-    def finish_migration(self, instance: Instance, migration: Migration, disk_info: DiskInfo) -> list[Part]:
-        """Refused."""
-        _refuse("resize and cold migration")
-
-    def confirm_migration(self, instance: Instance, migration: Migration, job: Job) -> None:
-        """Refused."""
-        _refuse("resize and cold migration")
-
-    def set_aside(self, instance: Instance, migration: Migration) -> list[Part]:
-        """Refused."""
-        _refuse("resize and cold migration")
-
-    def finish_revert_migration(self, instance: Instance, migration: Migration) -> list[Part]:
-        """Refused."""
-        _refuse("resize and cold migration")
 
     def check_can_live_migrate_destination(
         self, instance: Instance, migration: Migration, source: HostResources, disk_over_commit: bool

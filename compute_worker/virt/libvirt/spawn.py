@@ -17,7 +17,9 @@ def _nothing(job: Job) -> None:
     """The undo of a part that only goes forward, or has nothing to take back."""
 
 
-def _part(name: str, do: Callable[[Job], object], undo: Callable[[Job], None] = _nothing) -> Part:
+def make_part(name: str, do: Callable[[Job], object], undo: Callable[[Job], None] = _nothing) -> Part:
+    """A part whose ``do`` may return anything: only a mapping is told."""
+
     def run(job: Job) -> Mapping[str, Any] | None:
         told = do(job)
         return told if isinstance(told, Mapping) else None
@@ -26,11 +28,15 @@ def _part(name: str, do: Callable[[Job], object], undo: Callable[[Job], None] = 
 
 
 class Spawner:
-    """Makes guests and removes them."""
+    """Makes guests and removes them.
 
-    def __init__(self, deeds: Deeds, console: Console) -> None:
+    :param stop_receiving: ends whatever listens for disks of the instance.
+    """
+
+    def __init__(self, deeds: Deeds, console: Console, stop_receiving: Callable[[str], None]) -> None:
         self._deeds = deeds
         self._console = console
+        self._stop_receiving = stop_receiving
         self._formats = ephemeral.available_formats() - {"swap"}
 
     def check(self, instance: Instance, request: SpawnRequest) -> None:
@@ -48,29 +54,29 @@ class Spawner:
         """
         deeds, uuid = self._deeds, instance.uuid
         return [
-            _part(
+            make_part(
                 "fetch_images",
                 lambda job: self._fetch(instance, job),
                 lambda job: deeds.disks.undo_prepare_images(instance),
             ),
-            _part(
+            make_part(
                 "create_disks",
                 lambda job: self._create_disks(instance, request, job),
                 lambda job: deeds.delete_files(uuid),
             ),
-            _part("plug_vifs", lambda job: deeds.plug_vifs(instance, job)),
-            _part("define", lambda job: deeds.define(instance, job), lambda job: deeds.undefine(uuid)),
-            _part("start_paused", lambda job: deeds.start_paused(uuid, job), lambda job: deeds.kill(uuid)),
+            make_part("plug_vifs", lambda job: deeds.plug_vifs(instance, job)),
+            make_part("define", lambda job: deeds.define(instance, job), lambda job: deeds.undefine(uuid)),
+            make_part("start_paused", lambda job: deeds.start_paused(uuid, job), lambda job: deeds.kill(uuid)),
         ]
 
     def destroy_parts(self, instance: Instance) -> list[Part]:
         """``power_off, undefine, unplug_vifs, delete_files``; taps went with the guest."""
         deeds, uuid = self._deeds, instance.uuid
         return [
-            _part("power_off", lambda job: deeds.kill(uuid)),
-            _part("undefine", lambda job: deeds.undefine(uuid)),
-            _part("unplug_vifs", _nothing),
-            _part("delete_files", lambda job: self._delete_files(uuid)),
+            make_part("power_off", lambda job: deeds.kill(uuid)),
+            make_part("undefine", lambda job: deeds.undefine(uuid)),
+            make_part("unplug_vifs", _nothing),
+            make_part("delete_files", lambda job: self._delete_files(uuid)),
         ]
 
     def _fetch(self, instance: Instance, job: Job) -> Mapping[str, Any]:
@@ -86,4 +92,5 @@ class Spawner:
 
     def _delete_files(self, uuid: str) -> None:
         self._console.forget(uuid)
+        self._stop_receiving(uuid)
         self._deeds.delete_files(uuid)

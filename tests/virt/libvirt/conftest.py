@@ -1,10 +1,12 @@
 """libvirt's own test driver, one private host for each test."""
 
 import itertools
+from typing import Any
 
 import pytest
 
 from compute_worker.virt.libvirt.domain import Devices, Domain, Os
+from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.host import Host
 
 NODE = """<node><cpu><mhz>2000</mhz><model>i686</model><active>4</active><nodes>1</nodes><sockets>1</sockets>
@@ -34,6 +36,23 @@ def received(host):
     events = []
     host.subscribe(events.append)
     return events
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libvirt's test driver cannot start a guest paused (it is paused right after its start), knows no ACPI and has no
+    jobs."""
+    launch, shutdown = Guest.launch, Guest.shutdown
+
+    def launch_and_pause(guest: Any, *, paused: bool = False, discard_saved: bool = False) -> bool:
+        began = launch(guest, discard_saved=discard_saved)
+        if began and paused:
+            guest.pause()
+        return began
+
+    monkeypatch.setattr(Guest, "launch", launch_and_pause)
+    monkeypatch.setattr(Guest, "shutdown", lambda guest: shutdown(guest, "default"))
+    monkeypatch.setattr(Guest, "job_operation", lambda guest: "")
 
 
 def domain(uuid=UUID, name="instance-1", **values):

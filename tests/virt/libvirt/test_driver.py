@@ -14,7 +14,7 @@ import pytest
 
 from compute_worker import errors
 from compute_worker.config import Compute, Images, Libvirt, Settings
-from compute_worker.objects import Flavor, ImageMeta, Instance, Migration, Vif
+from compute_worker.objects import Flavor, ImageMeta, Instance, Vif
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import DriverEvent, EventKind, SpawnRequest
 from compute_worker.virt.libvirt import console as console_module
@@ -34,23 +34,6 @@ def settings(tmp_path: Path, uri: str, **options: Any) -> Settings:
         images=Images(file_path=str(tmp_path / "images"), remove_unused_base_images_after=0),
         libvirt=Libvirt(connection_uri=uri, **options),
     )
-
-
-@pytest.fixture
-def able(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libvirt's test driver cannot start a guest paused (it is paused right after its start), knows no ACPI and has no
-    jobs."""
-    launch, shutdown = driver_module.Guest.launch, driver_module.Guest.shutdown
-
-    def launch_and_pause(guest: Any, *, paused: bool = False, discard_saved: bool = False) -> bool:
-        began = launch(guest, discard_saved=discard_saved)
-        if began and paused:
-            guest.pause()
-        return began
-
-    monkeypatch.setattr(driver_module.Guest, "launch", launch_and_pause)
-    monkeypatch.setattr(driver_module.Guest, "shutdown", lambda guest: shutdown(guest, "default"))
-    monkeypatch.setattr(driver_module.Guest, "job_operation", lambda guest: "")
 
 
 @pytest.fixture
@@ -434,10 +417,7 @@ def test_libvirt_that_is_down_is_no_error_at_start(tmp_path: Path, instance: Ins
         driver.cleanup_host()
 
 
-def test_moves_and_snapshots_are_refused(driver: LibvirtDriver, instance: Instance) -> None:
-    move = Migration(uuid=instance.uuid, instance=instance.uuid, source_host="node1", dest_host="node2")
-    with pytest.raises(errors.NotSupported, match="resize and cold migration"):
-        driver.migrate_disk_and_power_off(instance, move, 1, 1, dict)
+def test_live_moves_and_snapshots_are_refused(driver: LibvirtDriver, instance: Instance) -> None:
     with pytest.raises(errors.NotSupported, match="live migration"):
         driver.live_migration_abort(instance)
     with pytest.raises(errors.NotSupported, match="snapshots"):

@@ -7,6 +7,7 @@ touched again, for the guest may have written to it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from compute_worker.virt.driver import SpawnRequest
 from compute_worker.virt.libvirt.disks import backends, configdrive, ephemeral
 from compute_worker.virt.libvirt.disks.cache import Base, ImageCache, base_name
 from compute_worker.virt.libvirt.disks.instance_dir import RESIZE, ImageUse, InstancesDirectory
-from compute_worker.virt.libvirt.disks.plan import GIB, BlankDisk, DiskPlan, plan
+from compute_worker.virt.libvirt.disks.plan import GIB, MIB, BlankDisk, DiskPlan, plan
 from compute_worker.virt.libvirt.disks.qemu_img import QemuImg
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ ROOT = "disk"
 CONFIG = "disk.config"
 KERNEL = "kernel"
 RAMDISK = "ramdisk"
+COPIED = re.compile(r"_x[0-9a-f]{12}\Z")
+"""End of a base's name that was made on another host, where the one made here has other bytes."""
 
 
 class DiskBuilder:
@@ -56,6 +59,10 @@ class DiskBuilder:
             store that is not installed.
         """
         self.stores.get(instance.image.store)
+        return self.planned(instance, request)
+
+    def planned(self, instance: Instance, request: SpawnRequest) -> DiskPlan:
+        """The same of an instance whose root disk is there: its image store is not looked for."""
         return plan(instance, request, self._libvirt.default_ephemeral_format, self._available)
 
     def prepare_images(self, instance: Instance, job: Job) -> list[Base]:
@@ -80,10 +87,23 @@ class DiskBuilder:
     def undo_prepare_images(self, instance: Instance) -> None:
         """Remove downloads that did not end, and the instance's directory unless its disks are finished (those are
         :meth:`remove`'s); whole bases stay for the next instance."""
-        for name in self._base_names(instance):
-            self.cache.discard_partial(name)
+        self.discard_partials(instance)
         if self.directory.read_disk_info(instance.uuid) is None:
             self.directory.remove(instance.uuid)
+
+    def discard_partials(self, instance: Instance) -> None:
+        """Remove downloads of the instance's images that did not end."""
+        for name in self._base_names(instance):
+            self.cache.discard_partial(name)
+
+    def prefetch(self, instance: Instance, job: Job) -> None:
+        """Bring the instance's images here before it comes itself. One that cannot be had now is said and is no error:
+        the host that the instance is on has it."""
+        for meta in (*(meta for _, meta in boot_images(instance.image)), instance.image):
+            try:
+                self.cache.ensure(meta, job)
+            except (errors.ImageNotFound, errors.ImageStoreUnavailable) as exc:
+                job.explain(f"{exc}: it will be asked of the host that the instance is on")
 
     def create_disks(self, instance: Instance, request: SpawnRequest, job: Job) -> DiskInfo:
         """Make every disk, ``disk.info`` last. Does what :meth:`prepare_images` did where it is missing.
@@ -100,7 +120,7 @@ class DiskBuilder:
         self.directory.remove_parts(instance.uuid)
         self._boot_files(instance, job)
         disks = [self._root_disk(instance, root, job)]
-        disks += [self._blank_disk(instance, blank, job) for blank in wanted.blanks]
+        disks += [self.make_blank(instance, blank, job) for blank in wanted.blanks]
         if wanted.config_drive:
             disks.append(self._config_drive(instance, request, job))
         info = self.directory.measured(instance.uuid, DiskInfo(disks=disks, image=instance.image.id))
@@ -143,6 +163,12 @@ class DiskBuilder:
             blanks = ()
         return [*(base_name(meta) for meta in images), *(blank.base for blank in blanks)]
 
+    def own(self, path: Path) -> None:
+        """Give a file of an instance that came from elsewhere the group and mode that one made here has."""
+        shared_mode = 0o640 if path.name in (CONFIG, KERNEL, RAMDISK) else 0o660
+        with files.disk_errors(path):
+            files.give_to_group(path, self._group, shared_mode if self._group else 0o600)
+
     def _make(self, path: Path, make: Callable[[Path], None], shared_mode: int = 0o660) -> None:
         """``path`` by ``make``, unless it is there: written as ``.part``, given to its group, synced, renamed."""
         if path.exists():
@@ -169,14 +195,16 @@ class DiskBuilder:
         self._make(path, make)
         return self.backend.describe(ROOT, base.path, size)
 
-    def _blank_disk(self, instance: Instance, blank: BlankDisk, job: Job) -> Disk:
+    def make_blank(self, instance: Instance, blank: BlankDisk, job: Job) -> Disk:
+        """Make an ephemeral or swap disk, unless it is there."""
         job.explain(f"{blank.name}: {blank.fs}, {blank.reason}")
         directory = self.directory.path(instance.uuid)
-        base = self._blank_base(blank, job)
+        base = self.blank_base(blank, job)
         self._make(directory / blank.name, lambda part: self.backend.make(part, base.path, blank.size_bytes, job))
         return self.backend.describe(blank.name, base.path, blank.size_bytes, blank.label)
 
-    def _blank_base(self, blank: BlankDisk, job: Job) -> Base:
+    def blank_base(self, blank: BlankDisk, job: Job) -> Base:
+        """The base of an ephemeral or swap disk, made here where it is not there."""
         return self.cache.ensure_generated(
             blank.base, lambda part: ephemeral.make(part, blank.fs, blank.size_bytes, blank.label, job), job
         )
@@ -205,16 +233,19 @@ class DiskBuilder:
         if disk.name == ROOT:
             found = self.cache.ensure(instance.image, job).name
         else:
-            found = self._restore_blank(disk, backing, job)
+            found = self._restore_blank(instance, disk, backing, job)
         if found != backing:
             raise errors.Broken(
                 f"instance {instance.uuid}: {disk.name} stands on {backing}, which is gone; its image now gives {found}"
             )
         job.explain(f"{backing} was missing under {disk.name}: made again")
 
-    def _restore_blank(self, disk: Disk, backing: str, job: Job) -> str:
-        blank = _parse_blank(disk, backing)
-        return self._blank_base(blank, job).name
+    def _restore_blank(self, instance: Instance, disk: Disk, backing: str, job: Job) -> str:
+        if COPIED.search(backing):
+            raise errors.Broken(
+                f"instance {instance.uuid}: {disk.name} stands on {backing}, which came from another host and is gone"
+            )
+        return self.blank_base(blank_of(disk, backing), job).name
 
 
 def boot_images(image: ImageMeta) -> list[tuple[str, ImageMeta]]:
@@ -227,8 +258,8 @@ def boot_images(image: ImageMeta) -> list[tuple[str, ImageMeta]]:
     ]
 
 
-def _parse_blank(disk: Disk, backing: str) -> BlankDisk:
-    """What an ephemeral or swap disk was made from, by the name of its base."""
-    kind, _, rest = backing.partition("_")
-    fs = "swap" if kind == "swap" else rest.split("_")[1]
-    return BlankDisk(disk.name, backing, fs, disk.virtual_size_bytes, disk.label or "ephemeral0", "as it was made")
+def blank_of(disk: Disk, backing: str) -> BlankDisk:
+    """What an ephemeral or swap disk was made from, by the name of its base; the disk may have grown since."""
+    kind, number, *rest = backing.split("_")
+    fs, size_bytes = ("swap", int(number) * MIB) if kind == "swap" else (rest[0], int(number) * GIB)
+    return BlankDisk(disk.name, backing, fs, size_bytes, disk.label or "ephemeral0", "as it was made")

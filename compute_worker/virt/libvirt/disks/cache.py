@@ -116,6 +116,24 @@ class ImageCache:
             self._touch(name)
             return Base(name, path, path.stat().st_size)
 
+    def adopt(self, name: str, sent: Path, job: Job) -> None:
+        """Make a whole file that another host sent the base ``name``; where that is there already, drop the file.
+
+        Called again it finds it done; if the process dies inside, ``sent`` or the base is there, whole.
+        """
+        if not _NAME.match(name):
+            raise ValueError(f"not the name of a base: {name!r}")
+        path = self._directory.base / name
+        with self._locks.hold(name, job), files.disk_errors(path):
+            if sent.exists() and not path.exists():
+                files.give_to_group(sent, self._directory.group, 0o640 if self._directory.group else 0o644)
+                files.fsync(sent)
+                os.link(sent, path)
+                files.fsync(path.parent)
+            sent.unlink(missing_ok=True)
+            self._remove_parts(name)
+            self._touch(name)
+
     def discard_partial(self, name: str) -> None:
         """Drop what an unfinished base left, unless another operation is at it."""
         with self._locks.try_hold(name) as held:

@@ -3,7 +3,8 @@
 ::
 
     <instances>/<uuid>/           disk, disk.local, disk.ephN, disk.swap, disk.config, kernel, ramdisk,
-                                  console.log, libvirt.xml, disk.info, images.json, instance.json
+                                  console.log, libvirt.xml, disk.info, images.json, instance.json,
+                                  migration.json (in what a move brings here)
     <instances>/<uuid>_resize/    set aside by a move, until it is confirmed
     <instances>/<uuid>_del/       being removed
     <instances>/_base/            base images, shared by overlays; raw
@@ -45,6 +46,20 @@ class ImageUse(msgspec.Struct, frozen=True):
     them away between the fetch and ``disk.info``."""
 
     bases: list[str] = []
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """``migration.json``: this directory is what a migration brings here. It tells a copy from the instance's own
+    directory where both hosts of a move see the same ones, and a late message of an earlier attempt from one of now."""
+
+    migration: str
+    attempt: int = 1
+    machine: str = ""
+    """Machine type the guest had at the source."""
+    sending: str = ""
+    """What state of the source's disks is being sent; another one: what has arrived is stale."""
+    bases: dict[str, str] = {}
+    """Digests of bases that the disks stand on at the source, as far as they were asked for."""
 
 
 class InstancesDirectory:
@@ -115,6 +130,15 @@ class InstancesDirectory:
             if self.path(instance.uuid, suffix).is_dir():
                 self._write(instance.uuid, suffix, "instance.json", instance)
                 return
+
+    def write_arrival(self, uuid: str, arrival: Arrival) -> None:
+        """Write ``migration.json``."""
+        self._write(uuid, "", "migration.json", arrival)
+
+    def arrival(self, uuid: str, migration: str | None = None, suffix: str = "") -> Arrival | None:
+        """``migration.json``; ``None``: what is there did not come by ``migration`` (by none at all)."""
+        found = self._read(uuid, suffix, "migration.json", Arrival)
+        return found if found is not None and migration in (None, found.migration) else None
 
     def read_record(self, uuid: str, suffix: str = "") -> Instance | None:
         """``instance.json``, ``None`` where there is none."""

@@ -53,8 +53,8 @@ def run(
 ) -> str:
     """Run ``argv`` to its end and return what it printed (at most 1 MiB of it).
 
-    The child gets no environment but ``environment``, no input, and is killed when the job is cancelled or this thread dies, which it
-    does with the process.
+    The child gets no environment but ``environment``, no input, and is killed when the job is cancelled or this thread
+    dies, which it does with the process.
 
     :param writes: the file it writes, named by ``DiskFull``.
     :param on_output: gets every piece of its standard output as it comes.

@@ -94,6 +94,10 @@ class QemuImg:
         self._run(["resize", "-q", "-f", fmt, path, str(size_bytes)], job, writes=path)
         return True
 
+    def point_to(self, path: Path, backing: str, backing_format: str, job: Job) -> None:
+        """Have a qcow2 that nobody has open stand on another file with the same bytes; its own stay as they are."""
+        self._run(["rebase", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing, path], job, writes=path)
+
     def check(self, path: Path, fmt: str, job: Job) -> dict[str, Any]:
         """Check a disk's own structure, changing nothing; what qemu-img found.
 

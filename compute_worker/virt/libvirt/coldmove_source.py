@@ -1,0 +1,260 @@
+"""Cold moves, the source's side: ask the destination, shut down, set aside, send; drop the copy, or bring it back.
+
+Whatever can refuse is asked while the guest still runs. From the rename to ``<uuid>_resize`` on the source's files are
+only read, until the move is confirmed or the same rename backwards undoes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from compute_worker import errors, objects
+from compute_worker.objects import DiskInfo, Instance, Migration
+from compute_worker.states import PowerState, ran_before
+from compute_worker.virt.driver import Job, Part, Peer
+from compute_worker.virt.libvirt.deeds import OFF, Deeds
+from compute_worker.virt.libvirt.disks.bases import PREFIX, MovingBases, Standing
+from compute_worker.virt.libvirt.disks.builder import ROOT
+from compute_worker.virt.libvirt.disks.grow import Grower
+from compute_worker.virt.libvirt.disks.instance_dir import DELETED, RESIZE
+from compute_worker.virt.libvirt.power import Power
+from compute_worker.virt.libvirt.spawn import make_part
+from compute_worker.virt.libvirt.transfer import base as transports
+from compute_worker.virt.libvirt.transfer import verify
+from compute_worker.virt.libvirt.transfer.arrivals import Arrivals
+from compute_worker.virt.libvirt.transfer.base import SHARED, DiskTransport, Shipment
+
+
+class ColdMoveSource:
+    """Moves that begin here. Thread-safe for different instances."""
+
+    def __init__(self, deeds: Deeds, power: Power) -> None:
+        self._deeds = deeds
+        self._power = power
+        self._directory = deeds.disks.directory
+        self._bases = MovingBases(deeds.disks)
+        self._grower = Grower(deeds.disks)
+        self._arrivals = Arrivals(deeds.disks.directory)
+
+    # --- migrate_disk_and_power_off -----------------------------------------------------------------------------
+
+    def parts(
+        self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
+    ) -> list[Part]:
+        """``power_off, set_aside, send_<disk>..., verify_copy``."""
+
+        def power_off(job: Job) -> None:
+            self._prepare(instance, migration, peer, job)
+            self._power.off(instance, job, timeout, retry_interval)
+
+        def send(name: str) -> Part:
+            return make_part(f"send_{name}", lambda job: self._send(instance, migration, name, peer, job))
+
+        return [
+            make_part("power_off", power_off, lambda job: self._withdraw(instance, migration, peer, job)),
+            make_part(
+                "set_aside",
+                lambda job: self._put_aside(instance, migration, job),
+                lambda job: self._take_back(instance, migration, job),
+            ),
+            *(send(name) for name in self._disk_names(instance.uuid, migration)),
+            make_part("verify_copy", lambda job: self._verify(instance, migration, peer, job)),
+        ]
+
+    def _disk_names(self, uuid: str, migration: Migration) -> list[str]:
+        """The same ones whether they are set aside or not."""
+        info = self._directory.read_disk_info(uuid, self._where(uuid, migration))
+        return [disk.name for disk in info.disks] if info is not None else [ROOT]
+
+    def _where(self, uuid: str, migration: Migration) -> str:
+        """The suffix that the source's own directory has now."""
+        own = self._directory.path(uuid).is_dir() and not self._is_copy(uuid, migration)
+        return "" if own or not self._directory.path(uuid, RESIZE).is_dir() else RESIZE
+
+    def _prepare(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> None:
+        """Whether it can work at all, asked while the guest runs; bases that the destination lacks are sent.
+
+        :raises InvalidState: the guest is suspended to disk: its memory would be lost.
+        :raises FlavorDiskTooSmall: a disk would have to shrink.
+        :raises DestinationDiskExists: another move left a copy set aside here, or the instance has one there.
+        """
+        uuid = instance.uuid
+        suffix = self._where(uuid, migration)
+        info = self._deeds.disks.disk_info(uuid, suffix) or self._deeds.need_disk_info(uuid)
+        aside = self._directory.path(uuid, RESIZE)
+        if not suffix and aside.is_dir():
+            raise errors.DestinationDiskExists(instance=uuid, path=str(aside))
+        if self._deeds.power(uuid) is PowerState.SUSPENDED:
+            raise errors.InvalidState(
+                instance=uuid, command="move", attribute="power_state", state=str(PowerState.SUSPENDED)
+            )
+        if migration.new_flavor is not None:
+            self._grower.check(instance, info, migration.new_flavor)
+        if _is_local(migration):
+            return
+        transport = self._transport(migration, peer, job)
+        shared = transport.name == SHARED
+        standing = [] if shared else self._bases.standing(info, job)
+        wanted = self._ask_prepare(instance, info, standing, peer, shared)
+        unknown = {PREFIX + one.name for one in standing if not one.digest} & wanted.keys()
+        if unknown:
+            standing = [self._bases.with_digest(one, job) if PREFIX + one.name in unknown else one for one in standing]
+            wanted = self._ask_prepare(instance, info, standing, peer, shared)
+        directory = self._directory.path(uuid, suffix)
+        for name, why in wanted.items():
+            job.explain(f"{name} goes to {migration.dest_host} too: {why}")
+            transport.send(Shipment(uuid, migration, name, self._bases.source_of(name, directory)), peer, job)
+
+    def _ask_prepare(
+        self, instance: Instance, info: DiskInfo, standing: list[Standing], peer: Peer, shared: bool
+    ) -> dict[str, str]:
+        answer = peer(
+            {
+                "ask": "prepare",
+                "disk_info": objects.encode(info),
+                "bases": objects.encode(standing),
+                "machine": self._deeds.machine(instance.uuid),
+                "shared": shared,
+            }
+        )
+        return objects.decode(answer.get("wanted"), dict[str, str], "answer to prepare")
+
+    def _transport(self, migration: Migration, peer: Peer, job: Job) -> DiskTransport:
+        settings = self._deeds.settings
+        if _is_local(migration):
+            return transports.load(SHARED, settings)
+        return transports.choose(settings, migration, peer, job)
+
+    def _withdraw(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> None:
+        """What the destination has of it goes. A destination that does not answer cleans up by itself, and must not
+        keep the guest off."""
+        if _is_local(migration):
+            return
+        try:
+            peer({"ask": "remove"})
+        except errors.ComputeError as exc:
+            job.explain(f"{migration.dest_host} could not be asked to drop its copy ({exc}): it does so by itself")
+
+    def _put_aside(self, instance: Instance, migration: Migration, job: Job) -> None:
+        uuid = instance.uuid
+        here, aside = self._directory.path(uuid), self._directory.path(uuid, RESIZE)
+        if aside.is_dir() and (not here.is_dir() or self._is_copy(uuid, migration)):
+            return
+        if self._deeds.power(uuid) not in OFF:
+            raise errors.InvalidState(instance=uuid, command="set aside", attribute="power_state", state="running")
+        self._deeds.need_disk_info(uuid)
+        self._deeds.undefine(uuid)
+        self._directory.write_record(msgspec.structs.replace(instance, migration=migration.uuid))
+        self._directory.move(uuid, "", RESIZE)
+
+    def _take_back(self, instance: Instance, migration: Migration, job: Job) -> None:
+        uuid = instance.uuid
+        here, aside = self._directory.path(uuid), self._directory.path(uuid, RESIZE)
+        if aside.is_dir():
+            if self._is_copy(uuid, migration):
+                self._directory.remove(uuid)
+            with suppress(OSError):
+                # A copy that did not get as far as its mark.
+                os.rmdir(here)
+            self._directory.move(uuid, RESIZE, "")
+        if self._directory.read_disk_info(uuid) is not None:
+            try:
+                self._deeds.define(instance, job)
+            except errors.Broken as exc:
+                job.explain(f"its files are back; it is defined when it is started, as libvirt refused it now: {exc}")
+
+    def _is_copy(self, uuid: str, migration: Migration) -> bool:
+        """Whether ``<uuid>`` is what the migration makes, here or on storage that both hosts see."""
+        marked = self._directory.arrival(uuid, migration.uuid) is not None
+        return marked or self._arrivals.owner(uuid) == migration.uuid
+
+    def _send(self, instance: Instance, migration: Migration, name: str, peer: Peer, job: Job) -> None:
+        info = self._need_aside(instance.uuid)
+        transport = self._transport(migration, peer, job)
+        peer({"ask": "sending", "disks": [disk.name for disk in info.disks], "sending": self._state(instance, info)})
+        transport.send(self._shipment(instance, migration, info, name), peer, job)
+
+    def _shipment(self, instance: Instance, migration: Migration, info: DiskInfo, name: str) -> Shipment:
+        disk = next(disk for disk in info.disks if disk.name == name)
+        source = self._directory.path(instance.uuid, RESIZE) / name
+        return Shipment(instance.uuid, migration, name, source, disk.format)
+
+    def _need_aside(self, uuid: str) -> DiskInfo:
+        info = self._deeds.disks.disk_info(uuid, RESIZE)
+        if info is None:
+            raise errors.GuestFailed(instance=uuid, reason=f"{self._directory.path(uuid, RESIZE)} is missing")
+        return info
+
+    def _state(self, instance: Instance, info: DiskInfo) -> str:
+        """Changes when a guest that was taken back wrote to its disks: nothing of before may then be built upon."""
+        found = []
+        for disk in info.disks:
+            status = (self._directory.path(instance.uuid, RESIZE) / disk.name).stat()
+            found.append((disk.name, status.st_size, status.st_mtime_ns))
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    def _verify(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> Mapping[str, Any]:
+        """Once more all of them together; a full comparison was made, where it is wanted, when each had arrived."""
+        info = self._need_aside(instance.uuid)
+        for disk in info.disks:
+            verify.compare(self._shipment(instance, migration, info, disk.name), peer, job, full=False)
+        return {"disk_info": objects.encode(info)}
+
+    # --- confirm and revert -------------------------------------------------------------------------------------
+
+    def confirm(self, instance: Instance, migration: Migration, job: Job) -> None:
+        """What the migration left set aside here goes; a copy that another migration set aside since stays."""
+        uuid = instance.uuid
+        self._directory.remove(uuid, DELETED)
+        try:
+            record = self._directory.read_record(uuid, RESIZE)
+        except errors.Broken:
+            record = None
+        if record is not None and record.migration not in (None, migration.uuid):
+            job.explain(f"the copy set aside is of migration {record.migration}: it stays")
+            return
+        self._directory.remove(uuid, RESIZE)
+
+    def revert_parts(self, instance: Instance, migration: Migration) -> list[Part]:
+        """``restore_files, plug_vifs, define, start_paused``."""
+        deeds, uuid = self._deeds, instance.uuid
+
+        def start(job: Job) -> None:
+            if ran_before(instance.vm_state, instance.power_state):
+                deeds.start_paused(uuid, job)
+
+        return [
+            make_part(
+                "restore_files",
+                lambda job: self._restore(instance, job),
+                lambda job: self._unrestore(instance, migration),
+            ),
+            make_part("plug_vifs", lambda job: deeds.plug_vifs(instance, job)),
+            make_part("define", lambda job: deeds.define(instance, job), lambda job: deeds.undefine(uuid)),
+            make_part("start_paused", start, lambda job: deeds.kill(uuid)),
+        ]
+
+    def _restore(self, instance: Instance, job: Job) -> None:
+        uuid = instance.uuid
+        here, aside = self._directory.path(uuid), self._directory.path(uuid, RESIZE)
+        if os.path.lexists(here) and os.path.lexists(aside):
+            raise errors.GuestFailed(instance=uuid, reason=f"{here} is in the way of the copy set aside, {aside}")
+        self._directory.move(uuid, RESIZE, "")
+        self._deeds.need_disk_info(uuid)
+        self._deeds.disks.restore_bases(instance, job)
+        self._directory.write_record(instance)
+
+    def _unrestore(self, instance: Instance, migration: Migration) -> None:
+        uuid = instance.uuid
+        if not self._directory.path(uuid, RESIZE).exists() and not self._is_copy(uuid, migration):
+            self._directory.move(uuid, "", RESIZE)
+
+
+def _is_local(migration: Migration) -> bool:
+    return migration.source_host == migration.dest_host
