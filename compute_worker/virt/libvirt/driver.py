@@ -69,7 +69,7 @@ class LibvirtDriver(Unsupported):
         self._deeds = Deeds(settings, self._host, DiskBuilder(settings))
         self._console = Console(self._host)
         self._receiver = Receiver(settings, self._deeds.disks.directory)
-        self._spawner = Spawner(self._deeds, self._console, self._receiver.stop_all)
+        self._spawner = Spawner(self._deeds, self._console, self._receiver.abandon)
         self._power = Power(self._deeds)
         self._source = ColdMoveSource(self._deeds, self._power)
         self._destination = ColdMoveDestination(self._deeds, self._receiver)

@@ -22,7 +22,9 @@ from compute_worker.objects import Instance, Migration
 from compute_worker.virt.libvirt.disks.instance_dir import InstancesDirectory
 
 MARK = "incoming.part"
-_RECORDS = frozenset({"instance.json", "disk.info", "images.json", "libvirt.xml", "incoming"})
+_RECORDS = frozenset(
+    {"instance.json", "disk.info", "images.json", "migration.json", "libvirt.xml", "console.log", "incoming"}
+)
 _GRAIN = 4096
 
 

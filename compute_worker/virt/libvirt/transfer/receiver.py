@@ -84,6 +84,14 @@ class Receiver:
         for export in ending:
             export.stop()
 
+    def abandon(self, uuid: str) -> None:
+        """Nobody writes to anything of the instance any more, here or from another host: it is being deleted. The
+        files stay."""
+        self.stop_all(uuid)
+        with self._locked(uuid):
+            for part in self._arrivals.directory.path(uuid).glob("*.part"):
+                _end_writers(part)
+
     def settle(self, instance: Instance) -> None:
         """The disks are the instance's from now on: nobody sends any more, the mark goes, and with it every right of
         the migration to remove them by a request. Ends well when it was done before."""
