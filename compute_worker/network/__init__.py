@@ -1,1 +1,1 @@
-"""Plugging virtual interfaces and waiting for plug events."""
+"""What virtual interfaces are plugged into. The hypervisor's daemon makes and plugs the taps themselves."""
