@@ -58,6 +58,8 @@ class Move(Object, frozen=True, kw_only=True):
     """Why the other side said no for good."""
     forced: bool = False
     """An operator said that the other side is off and stays off."""
+    deleted: bool = False
+    """The instance was deleted while this was open: the other side is to hear of it."""
     journal_id: str = ""
     """The other side's journal: after it changed, a no is worth less (``protocol.md`` 9)."""
     attempt_of_revert: Count = 0
@@ -148,14 +150,15 @@ class Moves:
         rows = tx.execute(f"SELECT record FROM moves WHERE instance = ?{where}", (instance,))
         return [_DECODER.decode(row[0]) for row in rows]
 
-    def list(self, open_only: bool = True) -> list[Move]:
+    def list_in(self, tx: Tx, open_only: bool = True) -> list[Move]:
         """Every side this host has, in order of change."""
+        where = " WHERE NOT closed" if open_only else ""
+        rows = tx.execute(f"SELECT record FROM moves{where}")
+        return sorted((_DECODER.decode(row[0]) for row in rows), key=lambda move: move.migration.seq)
 
-        def look(tx: Tx) -> list[Move]:
-            where = " WHERE NOT closed" if open_only else ""
-            return [_DECODER.decode(row[0]) for row in tx.execute(f"SELECT record FROM moves{where}")]
-
-        return sorted(self._database.read(look), key=lambda move: move.migration.seq)
+    def list(self, open_only: bool = True) -> list[Move]:
+        """The same as it is on disk."""
+        return self._database.read(lambda tx: self.list_in(tx, open_only))
 
     def close_all(self, tx: Tx, instance: str) -> None:
         """The instance was deleted: nothing of its moves is left to do."""

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from compute_worker.states import MigrationStatus, OperationState, PowerState, TaskState, VmState
 
-RPC_VERSION = "1.0"
+RPC_VERSION = "1.1"
 """Version of the messages. The minor part grows with every compatible change of the wire form."""
 
 UUID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z"
@@ -269,6 +269,23 @@ class OperationAnswer(Object, frozen=True, kw_only=True):
     """Whether the host has neither a guest nor files of the instance (what a no is worth after a lost journal)."""
     generation: Count = 0
     """The instance's, as the host has it."""
+
+
+class MigrationState(Object, frozen=True, kw_only=True):
+    """What a host knows of one side of a move."""
+
+    migration: Migration
+    side: Annotated[str, Meta(pattern=r"^(source|destination)\Z")]
+    operation: Uuid
+    handed_over: bool = False
+    """Whether the source waits for the destination to decide."""
+    generation: Count = 0
+    """The instance's on this host."""
+    has_copy: bool = False
+    """Whether this host still keeps what it is to keep: at the source what a revert brings back."""
+    refused: str | None = None
+    finished_at: float | None = None
+    journal_id: str = ""
 
 
 class Accepted(Object, frozen=True, kw_only=True):

@@ -20,6 +20,10 @@ from compute_worker.virt.driver import ComputeDriver
 
 LOG = logging.getLogger(__name__)
 
+PEER_SECONDS = 20.0
+"""How long another host may take to answer a worker, before it is asked again."""
+QUICK_SECONDS = 2.0
+
 
 class Worker:
     """A worker of one host. Start and stop it once each.
@@ -42,10 +46,18 @@ class Worker:
         on_commit: Callable[[float], None] | None = None,
     ) -> None:
         self.settings = settings
-        peers = ComputeAPI(transport, exchange=settings.rpc.exchange, topic=settings.rpc.topic)
+
+        def api(timeout: float, retry: int) -> Any:
+            # Any: what a Peers is; how options are typed there and here cannot be said to be the same.
+            exchange, topic = settings.rpc.exchange, settings.rpc.topic
+            return ComputeAPI(transport, exchange=exchange, topic=topic, timeout=timeout, retry=retry)
+
+        peers = api(PEER_SECONDS, retry=2)
         self.manager = ComputeManager(
             settings,
             driver or load_driver(settings),
+            peers,
+            api(QUICK_SECONDS, retry=0),
             announce=peers.host_announced,
             observer=observer,
             on_end=on_end,

@@ -121,7 +121,11 @@ def wait_for_vifs(core: Core, run: Run) -> None:
 
     :raises VifPlugTimeout: one was not, and ``vif_plugging_is_fatal``; or it was reported failed.
     """
-    instance = core.load(run)
+    wait_for_plugs(core, run, core.load(run))
+
+
+def wait_for_plugs(core: Core, run: Run, instance: Instance) -> None:
+    """The same for an instance that may not be this host's yet; raises what :func:`wait_for_vifs` raises."""
     options = core.settings.compute
     deadline = time.monotonic() + options.vif_plugging_timeout
     for vif in instance.vifs:

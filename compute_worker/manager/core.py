@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compute_worker import errors
 from compute_worker.claims import Claims
 from compute_worker.config import Settings
 from compute_worker.messages import Context
+from compute_worker.moves import Moves
 from compute_worker.objects import Accepted, Instance
 from compute_worker.operations.database import Database, Tx
 from compute_worker.operations.kinds import Do
@@ -17,6 +18,9 @@ from compute_worker.operations.service import Admit, Command, Operations
 from compute_worker.states import COMMANDS, TaskState, allowed
 from compute_worker.store import Store
 from compute_worker.virt.driver import ComputeDriver, Part
+
+if TYPE_CHECKING:
+    from compute_worker.manager.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Core:
     store: Store
     claims: Claims
     driver: ComputeDriver
+    moves: Moves
+    peers: Peers
+    quick_peers: Peers
+    """The same with an answer within 2 s or none."""
 
     @property
     def host(self) -> str:
@@ -64,6 +72,8 @@ def accept(
     instance: str | None = None,
     args: dict[str, Any] | None = None,
     message: str | None = None,
+    chain: str | None = None,
+    attempt: int = 1,
 ) -> Accepted:
     """Accept one command: everything an endpoint method does after it has looked at its arguments."""
     command = Command(
@@ -73,6 +83,8 @@ def accept(
         args=args or {},
         message=message,
         operation=wish.operation,
+        chain=chain,
+        attempt=attempt,
         expires_at=wish.expires_at,
         check_only=wish.check_only,
     )
@@ -103,14 +115,14 @@ def begin(store: Store, tx: Tx, instance: Instance, command: str) -> None:
     store.change(tx, instance.uuid, task_state=COMMANDS[command].task_state)
 
 
+def as_step(part: Part) -> Do:
+    """A driver's part as a journalled step."""
+    return Do(part.name, part.do, part.undo)
+
+
 def settle_record(store: Store, tx: Tx, uuid: str, **changes: Any) -> None:
     """The end of an operation: the record has no task any more, unless a delete began meanwhile."""
     now = store.find(tx, uuid)
     if now is not None:
         task = now.task_state if now.task_state is TaskState.DELETING else None
         store.change(tx, uuid, task_state=task, **changes)
-
-
-def as_step(part: Part) -> Do:
-    """A driver's part as a journalled step."""
-    return Do(part.name, part.do, part.undo)

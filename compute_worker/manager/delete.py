@@ -1,40 +1,43 @@
-"""``terminate_instance``: it wins over everything that runs on the instance, and is tried until it is done."""
+"""``terminate_instance``: it wins over everything that runs on the instance, here and on the hosts of its moves, and is
+tried until it is done."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compute_worker import errors
 from compute_worker.errors import ComputeError
+from compute_worker.manager import peers, resize_force
 from compute_worker.manager.core import Core, as_step, begin
+from compute_worker.moves import Move, Side
+from compute_worker.objects import Flavor, ImageMeta, Instance
 from compute_worker.operations.database import Tx
-from compute_worker.operations.kinds import Kind, Step
+from compute_worker.operations.kinds import Do, Kind, Step
 from compute_worker.operations.run import Run
 
 
 def admit(core: Core, tx: Tx, uuid: str) -> bool:
-    """Tombstone the uuid. True when this host has nothing of it."""
+    """Tombstone the uuid. True when neither this host nor one that it knows of has anything of it."""
     core.store.bury(tx, uuid)
-    instance = core.store.find(tx, uuid)
-    if instance is None:
-        return True
-    begin(core.store, tx, instance, "terminate_instance")
-    return False
+    instance, moves = core.store.find(tx, uuid), core.moves.of(tx, uuid)
+    if instance is not None:
+        begin(core.store, tx, instance, "terminate_instance")
+    for move in moves:
+        core.moves.change(tx, move.migration.uuid, move.side, deleted=True)
+    return instance is None and not moves and core.store.went_to(tx, uuid) is None
 
 
 def kind(core: Core) -> Kind:
     """How a delete runs: only forward. What it preempted may have removed the instance already."""
 
     def steps(run: Run) -> Sequence[Step]:
-        uuid = run.instance or ""
-        instance = core.database.read(lambda tx: core.store.find(tx, uuid))
-        if instance is None:
-            return []
-        return [as_step(part) for part in core.driver.destroy(instance)]
+        return [*_local_steps(core, run.instance or ""), Do("tell_other_hosts", lambda r: _tell_others(core, r))]
 
     def finish(tx: Tx, run: Run) -> None:
-        assert run.instance is not None
-        core.store.remove(tx, run.instance)
-        core.claims.release(tx, run.instance)
+        uuid = run.instance or ""
+        core.store.remove(tx, uuid)
+        core.claims.release_all(tx, uuid)
+        core.moves.close_all(tx, uuid)
 
     def abandon(tx: Tx, run: Run, error: ComputeError) -> None:
         raise AssertionError("a delete is never abandoned") from error
@@ -49,3 +52,52 @@ def kind(core: Core) -> Kind:
         committed_at_accept=True,
         preempts=True,
     )
+
+
+def _deleted_moves(core: Core, tx: Tx, uuid: str) -> list[Move]:
+    """The moves that were open when the delete came, whatever has become of them since."""
+    return [move for move in core.moves.of(tx, uuid, open_only=False) if move.deleted]
+
+
+def _local_steps(core: Core, uuid: str) -> list[Step]:
+    """A host that owns the instance, or was to get it, removes everything; one that gave it away only its own copy: the
+    directory may be shared with the owner."""
+    instance = core.database.read(lambda tx: core.store.find(tx, uuid))
+    moves = core.database.read(lambda tx: _deleted_moves(core, tx, uuid))
+    arriving = [move for move in moves if move.side is Side.DESTINATION]
+    if instance is not None or arriving:
+        return [as_step(part) for part in core.driver.destroy(instance or arriving[0].instance)]
+    return [
+        Do("drop_copy", lambda r, m=move: core.driver.confirm_migration(m.instance, m.migration, r))  # type: ignore[misc]
+        for move in moves[:1]
+    ]
+
+
+def _tell_others(core: Core, run: Run) -> None:
+    """Every host of its moves has the delete when this ends.
+
+    :raises PeerUnavailable: one does not answer: asked again until it does, or is forgotten.
+    """
+    uuid = run.instance or ""
+
+    def look(tx: Tx) -> set[str]:
+        hosts = {move.other for move in _deleted_moves(core, tx, uuid)} | {core.store.went_to(tx, uuid) or core.host}
+        return {host for host in hosts - {core.host} if not resize_force.is_forgotten(tx, host)}
+
+    hosts = core.database.read(look)
+    if hosts:
+        run.step_aside()
+    silent: errors.PeerUnavailable | None = None
+    for host in sorted(hosts):
+        try:
+            peers.reached(host, lambda h=host: core.peers.terminate_instance(uuid, host=h, operation=run.uuid))  # type: ignore[misc]
+            peers.nudge(core, host, uuid)
+        except errors.PeerUnavailable as exc:
+            silent = exc
+    if silent is not None:
+        raise silent
+
+
+def nameless(uuid: str) -> Instance:
+    """A record for what is left of an instance of which only the uuid is known: enough to remove it."""
+    return Instance(uuid=uuid, flavor=Flavor(vcpus=1, memory_mb=16), image=ImageMeta(id="unknown"))

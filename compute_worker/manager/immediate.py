@@ -14,6 +14,9 @@ EVENTS = {
     "cancel_operation": "cancel",
     "disable_host": "host_disable",
     "enable_host": "host_enable",
+    "finish_resize": "resize_finish",
+    "take_back_instance": "resize_take_back",
+    "forget_host": "host_forget",
 }
 
 

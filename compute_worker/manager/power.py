@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from compute_worker import errors
 from compute_worker.config import Compute
 from compute_worker.errors import ComputeError
+from compute_worker.manager import peers, resize_destination
 from compute_worker.manager.core import Core, begin, require_state, settle_record
+from compute_worker.moves import Side
 from compute_worker.objects import Instance
 from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Do, Kind, Step
@@ -53,7 +56,25 @@ def _off(core: Core, instance: Instance, run: Run) -> None:
 
 
 def _on(core: Core, instance: Instance, run: Run) -> None:
+    if instance.migration is not None:
+        _guard(core, instance, run)
     core.driver.power_on(instance, run)
+
+
+def _guard(core: Core, instance: Instance, run: Run) -> None:
+    """Before a guest starts whose move is not closed (``protocol.md`` 8).
+
+    :raises InstanceMoved: the other host has taken it over by force: this copy is set aside, and belongs to it.
+    """
+    for move in core.database.read(lambda tx: core.moves.of(tx, instance.uuid)):
+        reason = peers.superseded_by(core, instance, move) if move.side is Side.DESTINATION else None
+        if reason is None:
+            continue
+        for part in core.driver.set_aside(instance, move.migration):
+            part.do(run)
+        run.explain(f"{reason}: this copy is set aside")
+        core.database.write(lambda tx, m=move, why=reason: resize_destination.surrender(core, tx, m, why))  # type: ignore[misc]
+        raise errors.InstanceMoved(instance=instance.uuid, host=move.other)
 
 
 def _pause(core: Core, instance: Instance, run: Run) -> None:
@@ -112,7 +133,7 @@ def kind(core: Core, command: str) -> Kind:
             core.store,
             tx,
             run.instance,
-            vm_state=power.becomes,
+            vm_state=VmState.RESIZED if _is_resized(core, tx, run) else power.becomes,
             power_state=EXPECTED_POWER[power.becomes],
             fault=None,
         )
@@ -132,6 +153,11 @@ def kind(core: Core, command: str) -> Kind:
         committed_at_accept=True,
         gives_up=True,
     )
+
+
+def _is_resized(core: Core, tx: Tx, run: Run) -> bool:
+    now = core.store.find(tx, run.instance or "")
+    return now is not None and now.vm_state is VmState.RESIZED
 
 
 def _call(core: Core, act: Act, run: Run) -> None:

@@ -15,9 +15,9 @@ import msgspec
 
 from compute_worker import errors
 from compute_worker.manager import delete, power
-from compute_worker.manager.core import Core, Wish, accept
+from compute_worker.manager.core import Core, Wish, accept, begin
 from compute_worker.messages import Context
-from compute_worker.objects import Flavor, ImageMeta, Instance
+from compute_worker.objects import Instance
 from compute_worker.operations import journal
 from compute_worker.operations.database import Tx
 from compute_worker.operations.service import Admit, Operations
@@ -55,6 +55,8 @@ class GuestFacts:
     resume_wanted: bool
     migrating: bool = False
     silent: bool = False
+    ran: bool = False
+    """Whether the record says that it ran, where the vm state does not tell (RESIZED)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ def decide_guest(facts: GuestFacts) -> tuple[Action, str]:
     if EXPECTED_POWER.get(facts.vm_state) is facts.power:
         return Action.NOTHING, "as recorded"
     lost = facts.power in (PowerState.SHUTDOWN, PowerState.CRASHED, PowerState.NOSTATE)
-    if facts.host_rebooted and lost and facts.vm_state in (VmState.ACTIVE, VmState.PAUSED):
+    ran = facts.vm_state in (VmState.ACTIVE, VmState.PAUSED) or (facts.vm_state is VmState.RESIZED and facts.ran)
+    if facts.host_rebooted and lost and ran:
         if facts.resume_wanted:
             return Action.START, f"the host went down while it was {facts.vm_state}"
         return Action.RECORD, "the host went down, and resume_guests_state_on_host_boot is off"
@@ -132,7 +135,8 @@ class Recovery:
             decided[i.uuid] = self._guest(i, facts, before.get(i.uuid))
             if facts.busy and decide_guest(replace(facts, busy=False))[0] is Action.START:
                 interrupted.add(i.uuid)
-        decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid})
+        moving = {move.instance.uuid for move in self._core.moves.list()}
+        decided |= self._strangers(guests, set(decided) | {uuid for uuid in busy if uuid} | moving)
         self._interrupted = interrupted
         if not interrupted:
             self._core.database.write(lambda tx: _remember_boot(tx, boot_id))
@@ -155,6 +159,7 @@ class Recovery:
             resume_wanted=self._core.settings.compute.resume_guests_state_on_host_boot,
             migrating=guest.migrating if guest else False,
             silent=guest.silent if guest else False,
+            ran=instance.power_state is PowerState.RUNNING,
         )
 
     def _guest(self, instance: Instance, facts: GuestFacts, seq: int | None) -> tuple[Action, str]:
@@ -167,6 +172,9 @@ class Recovery:
 
     def _start(self, instance: Instance) -> None:
         def admit(tx: Tx) -> bool:
+            if instance.vm_state is VmState.RESIZED:
+                begin(self._core.store, tx, instance, "start_instance")
+                return False
             # What it is now, whatever it was: a paused guest is started too, and one that cannot be is stopped.
             self._core.store.change(tx, instance.uuid, vm_state=VmState.STOPPED, power_state=PowerState.SHUTDOWN)
             return power.admit(self._core, tx, instance.uuid, "start_instance")
@@ -197,7 +205,7 @@ class Recovery:
             if action is Action.ADOPT and record is not None and not self._adopt(record, guest):
                 action, why = Action.NOTHING, "an operation began with it while the hypervisor was asked"
             elif action is Action.DELETE:
-                self._delete(record or nameless(stranger))
+                self._delete(record or delete.nameless(stranger))
             decided[stranger] = (action, why)
         return decided
 
@@ -224,11 +232,6 @@ class Recovery:
             return delete.admit(self._core, tx, record.uuid)
 
         self._command("terminate_instance", record.uuid, admit)
-
-
-def nameless(uuid_: str) -> Instance:
-    """A record for what is left of an instance of which only the uuid is known: enough to remove it."""
-    return Instance(uuid=uuid_, flavor=Flavor(vcpus=1, memory_mb=16), image=ImageMeta(id="unknown"))
 
 
 def record_observed(

@@ -9,16 +9,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compute_worker import claims as claims_module
+from compute_worker import moves as moves_module
 from compute_worker import objects
 from compute_worker import store as store_module
 from compute_worker.claims import Claims
 from compute_worker.config import Settings
 from compute_worker.errors import ComputeError
-from compute_worker.manager import build, delete, immediate, power, recovery
+from compute_worker.manager import (
+    build,
+    delete,
+    immediate,
+    power,
+    recovery,
+    resize_destination,
+    resize_source,
+    resize_verdict,
+)
 from compute_worker.manager.core import Core
 from compute_worker.manager.hostswitch import HostSwitch
 from compute_worker.manager.inventory import InventoryEndpoint
 from compute_worker.manager.lifecycle import LifecycleEndpoint
+from compute_worker.manager.peers import Peers
+from compute_worker.manager.resize import ResizeEndpoint
+from compute_worker.manager.settler import Settler
 from compute_worker.manager.watch import Watch
 from compute_worker.messages import Context
 from compute_worker.objects import HostState
@@ -32,7 +45,7 @@ from compute_worker.virt.driver import ComputeDriver
 
 LOG = logging.getLogger(__name__)
 
-ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint)
+ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint, ResizeEndpoint)
 """Every class that answers messages: what the server is handed and the AsyncAPI description is made from."""
 
 
@@ -42,6 +55,13 @@ def kinds_of(core: Core) -> Mapping[str, Kind]:
         build.kind(core),
         delete.kind(core),
         *(power.kind(core, command) for command in power.POWER),
+        resize_destination.kind(core),
+        resize_destination.elsewhere_kind(core),
+        resize_source.kind(core),
+        resize_verdict.confirm_kind(core),
+        resize_verdict.drop_kind(core),
+        resize_verdict.revert_kind(core),
+        resize_verdict.back_kind(core),
         *(immediate.kind(name) for name in immediate.EVENTS),
     ]
     return {kind.name: kind for kind in kinds}
@@ -50,6 +70,7 @@ def kinds_of(core: Core) -> Mapping[str, Kind]:
 class ComputeManager:
     """One host.
 
+    :param peers: how other hosts are reached; ``quick_peers``: the same, with an answer within 2 s or none.
     :param announce: casts this host's state to a topic; the answer to a fanout ``announce``.
     :param observer: sees every step (the kill harness).
     :param on_end: told kind, final state and seconds of every operation.
@@ -61,6 +82,8 @@ class ComputeManager:
         self,
         settings: Settings,
         driver: ComputeDriver,
+        peers: Peers,
+        quick_peers: Peers | None = None,
         *,
         announce: Callable[[str, HostState], None] | None = None,
         observer: Observer | None = None,
@@ -70,11 +93,18 @@ class ComputeManager:
         objects.decode(settings.host, objects.HostName, "[compute] host")
         path = Path(settings.compute.state_path)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        schemas = (SCHEMA, store_module.SCHEMA, claims_module.SCHEMA)
+        schemas = (SCHEMA, store_module.SCHEMA, claims_module.SCHEMA, moves_module.SCHEMA)
         self.database = Database(path / "journal.sqlite", schemas, on_commit)
         store = Store(self.database, settings.host)
         self.core = Core(
-            settings, self.database, store, Claims(self.database, settings.host, settings.claims), driver
+            settings,
+            self.database,
+            store,
+            Claims(self.database, settings.host, settings.claims),
+            driver,
+            moves_module.Moves(self.database),
+            peers,
+            quick_peers or peers,
         )
         self._on_end = on_end
         self.operations = Operations(
@@ -94,12 +124,14 @@ class ComputeManager:
         self.watch = Watch(self.core, self.operations, self.recovery)
         self.lifecycle = LifecycleEndpoint(self.core, self.operations, switch)
         self.inventory = InventoryEndpoint(self.core, self.operations, switch, announce or _nobody)
+        self.settler = Settler(self.core, self.operations)
+        self.resize = ResizeEndpoint(self.core, self.operations, switch, self.settler)
         self._started = False
 
     @property
     def endpoints(self) -> list[object]:
         """What the RPC server is handed."""
-        return [self.lifecycle, self.inventory]
+        return [self.lifecycle, self.inventory, self.resize]
 
     def on_refused(
         self,
@@ -121,6 +153,7 @@ class ComputeManager:
         self.watch.start()
         self.watch.compared.wait(timeout=1.0)
         count = self.operations.start()
+        self.settler.start()
         self._started = True
         LOG.info("host %s: %d operations go on; journal %s", self.core.host, count, self.database.journal_id)
 
@@ -131,6 +164,7 @@ class ComputeManager:
         """
         deadline = time.monotonic() + timeout
         ended = self.operations.stop(timeout)
+        self.settler.stop(max(0.1, deadline - time.monotonic()))
         self.watch.stop(max(0.1, deadline - time.monotonic()))
         closer = threading.Thread(target=self.core.driver.cleanup_host, daemon=True)
         closer.start()

@@ -134,6 +134,7 @@ class Watch:
 
     def _tidy(self) -> None:
         self._operations.prune()
+        self._core.moves.prune(time.time() - 2 * self._core.settings.compute.key_retention)
         self._core.store.prune(time.time() - 2 * self._core.settings.compute.key_retention)
 
     def _prune_images(self) -> None:

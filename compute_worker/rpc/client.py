@@ -25,14 +25,43 @@ from oslo_messaging.exceptions import MessageUndeliverable as Undeliverable
 from oslo_messaging.rpc.client import RemoteError
 
 from compute_worker import errors, logcontext, objects
-from compute_worker.objects import Accepted, Diagnostics, ExternalEvent, HostState, InjectedFile, Instance, Operation
+from compute_worker.objects import (
+    Accepted,
+    Diagnostics,
+    DiskInfo,
+    ExternalEvent,
+    HostState,
+    InjectedFile,
+    Instance,
+    Migration,
+    MigrationState,
+    Operation,
+    OperationAnswer,
+)
 from compute_worker.rpc import transport as transports
 from compute_worker.rpc import wire
 
 T = TypeVar("T")
 
 BUILD_EXPIRY_SECONDS = 3600.0
-SINCE: Mapping[str, str] = {}
+SINCE: Mapping[str, str] = dict.fromkeys(
+    (
+        "prep_resize",
+        "confirm_resize",
+        "revert_resize",
+        "take_back_instance",
+        "forget_host",
+        "resize_instance",
+        "finish_resize",
+        "finish_revert_resize",
+        "settle_operation",
+        "get_migration",
+        "list_migrations",
+        "answer_peer",
+        "peer_changed",
+    ),
+    "1.1",
+)
 """Version that brought a message, where it is not ``1.0``: what a pinned client refuses to send."""
 
 
@@ -170,6 +199,115 @@ class ComputeAPI:
     def cancel_operation(self, cancel: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
         """End operation ``cancel`` before its COMMIT and undo it; if ``host`` never saw it, it never will."""
         return self._command(host, "cancel_operation", options, {"cancel": cancel})
+
+    def prep_resize(
+        self,
+        instance: Instance,
+        migration: Migration,
+        clean_shutdown: bool = True,
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Move an instance to ``host`` (``migration.dest_host``), with ``migration.new_flavor`` where given."""
+        if options.get("expires_at") is None:
+            options["expires_at"] = time.time() + BUILD_EXPIRY_SECONDS
+        args = {"instance": instance, "migration": migration, "clean_shutdown": clean_shutdown}
+        return self._command(host, "prep_resize", options, args)
+
+    def confirm_resize(
+        self, instance: str, migration: str, *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """Keep a resized instance where it is; ``host``: the source or the destination."""
+        return self._command(host, "confirm_resize", options, {"instance": instance, "migration": migration})
+
+    def revert_resize(
+        self, instance: str, migration: str, *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """Give a resized instance back to its source as it was; ``host``: the destination."""
+        return self._command(host, "revert_resize", options, {"instance": instance, "migration": migration})
+
+    def take_back_instance(
+        self,
+        instance: str,
+        migration: str,
+        destination_is_off: bool = False,
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Run an instance at its source again though the destination has not said no; only when it is off."""
+        args = {"instance": instance, "migration": migration, "destination_is_off": destination_is_off}
+        return self._command(host, "take_back_instance", options, args)
+
+    def forget_host(self, forget: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
+        """Let ``host`` wait no longer for host ``forget``, which never returns."""
+        return self._command(host, "forget_host", options, {"forget": forget})
+
+    def resize_instance(
+        self,
+        instance: str,
+        migration: Migration,
+        clean_shutdown: bool = True,
+        machine_arch: str = "",
+        journal_id: str = "",
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """A worker's, at the destination, to the source: begin."""
+        args = {
+            "instance": instance,
+            "migration": migration,
+            "clean_shutdown": clean_shutdown,
+            "machine_arch": machine_arch,
+            "journal_id": journal_id,
+        }
+        return self._command(host, "resize_instance", options, args)
+
+    def finish_resize(
+        self,
+        instance: Instance,
+        migration: Migration,
+        disk_info: DiskInfo,
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """A worker's, at the source, to the destination: everything is there."""
+        args = {"instance": instance, "migration": migration, "disk_info": disk_info}
+        return self._command(host, "finish_resize", options, args)
+
+    def finish_revert_resize(
+        self, instance: str, migration: str, attempt: int = 1, *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """A worker's, at the destination, to the source: bring back what was set aside."""
+        args = {"instance": instance, "migration": migration, "attempt": attempt}
+        return self._command(host, "finish_revert_resize", options, args)
+
+    def settle_operation(
+        self, message: str, instance: str, settle: str, attempt: int = 1, revoke: bool = False, *, host: str
+    ) -> OperationAnswer:
+        """What became of a command at ``host``; one that never came is refused from now on."""
+        args = {"message": message, "instance": instance, "settle": settle, "attempt": attempt, "revoke": revoke}
+        return self._query(host, "settle_operation", OperationAnswer, args)
+
+    def get_migration(self, migration: str, side: str = "destination", *, host: str) -> MigrationState:
+        """One side of a move, as ``host`` knows it."""
+        return self._query(host, "get_migration", MigrationState, {"migration": migration, "side": side})
+
+    def list_migrations(self, open_only: bool = True, *, host: str) -> list[MigrationState]:
+        """The sides of moves that ``host`` has."""
+        return self._query(host, "list_migrations", list[MigrationState], {"open_only": open_only})
+
+    def answer_peer(self, migration: str, request: dict[str, Any], *, host: str) -> dict[str, Any]:
+        """A question of one host's driver to another's."""
+        args = {"migration": migration, "request": request}
+        return self._query(host, "answer_peer", dict[str, Any], args, monitored=True)
+
+    def peer_changed(self, instance: str, *, host: str) -> None:
+        """Something about an instance has changed here. Nobody waits for an answer."""
+        self._send(self._prepare(host, "peer_changed"), host, "peer_changed", {"instance": instance}, cast=True)
 
     def get_console_output(self, instance: str, tail_bytes: int = 65_536, *, host: str) -> str:
         """The end of the guest's serial console."""

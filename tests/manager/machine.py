@@ -17,6 +17,7 @@ from compute_worker.operations.executor import Point
 from compute_worker.virt.fake import FakeDriver
 from compute_worker.virt.simulated.cell import SimulatedCell
 from compute_worker.virt.simulated.host import SimulatedHost
+from tests.manager.net import Death, Net
 from tests.waiting import wait_for
 
 IMAGE = "cirros"
@@ -24,10 +25,6 @@ VIF = "99999999-9999-4999-8999-999999999999"
 
 DeathPoint = tuple[str, str, str, Point]
 """Kind, step, direction, point."""
-
-
-class Death(BaseException):
-    """The simulated end of a worker."""
 
 
 def quiet_deaths(monkeypatch) -> None:
@@ -58,9 +55,20 @@ def make_instance(number: int = 1, **changes) -> Instance:
 class Machine:
     """One host under test. ``worker`` is the manager that runs now; :attr:`reached` what its observer saw."""
 
-    def __init__(self, directory: Path, name: str = "node1", cell: SimulatedCell | None = None, **compute) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str = "node1",
+        cell: SimulatedCell | None = None,
+        net: Net | None = None,
+        **compute,
+    ) -> None:
+        self.name = name
+        self.net = net if net is not None else Net()
+        self.net.machines[name] = self
         options = {"host": name, "state_path": str(directory / name), "shutdown_timeout": 1.0}
         options |= {"shutdown_retry_interval": 0.1, "soft_reboot_timeout": 5.0, "graceful_shutdown_timeout": 2.0}
+        options |= {"peer_ask_interval": 0.1}
         self.settings = dataclasses.replace(Settings(), compute=Compute(**(options | compute)))
         self.host = SimulatedHost(name, cell)
         self.host.images.put(IMAGE, b"root file system")
@@ -87,7 +95,7 @@ class Machine:
                 self.kill()
                 raise Death
 
-        self.worker = ComputeManager(self.settings, self.driver, observer=observe)
+        self.worker = ComputeManager(self.settings, self.driver, self.net.peers_of(self.name), observer=observe)
         self.worker.start()
 
     def kill(self) -> None:
@@ -99,6 +107,7 @@ class Machine:
     def bury(self) -> None:
         """The kernel takes the threads of a killed worker; ours leave by themselves."""
         self.worker.operations.stop(5)
+        self.worker.settler.stop()
         self.worker.watch.stop()
 
     def restart(self) -> None:

@@ -1,0 +1,234 @@
+"""How two hosts agree: they tell and they ask, and a host that is silent has said nothing (``protocol.md`` 7)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+from compute_worker import errors
+from compute_worker.manager.core import Core
+from compute_worker.moves import Move
+from compute_worker.objects import Accepted, DiskInfo, Instance, Migration, MigrationState, OperationAnswer
+from compute_worker.operations.run import Run
+from compute_worker.states import OperationState
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+_SLOWEST = 12
+"""Times ``peer_ask_interval`` between two questions, at most."""
+
+
+class Peers(Protocol):
+    """Messages that workers send each other; :class:`compute_worker.rpc.client.ComputeAPI` is one.
+
+    :raises PeerUnavailable: no answer: whether the message was served is not known.
+    :raises MessageUndeliverable: nobody ever listened as that host.
+    """
+
+    def prep_resize(
+        self, instance: Instance, migration: Migration, clean_shutdown: bool = ..., *, host: str, **options: Any
+    ) -> Accepted:
+        """Ask a destination to take the instance."""
+        ...
+
+    def resize_instance(
+        self,
+        instance: str,
+        migration: Migration,
+        clean_shutdown: bool = ...,
+        machine_arch: str = ...,
+        journal_id: str = ...,
+        *,
+        host: str,
+        **options: Any,
+    ) -> Accepted:
+        """Ask the source to begin."""
+        ...
+
+    def finish_resize(
+        self, instance: Instance, migration: Migration, disk_info: DiskInfo, *, host: str, **options: Any
+    ) -> Accepted:
+        """Hand over to the destination."""
+        ...
+
+    def confirm_resize(self, instance: str, migration: str, *, host: str, **options: Any) -> Accepted:
+        """Ask the destination to decide; tell the source that it has."""
+        ...
+
+    def finish_revert_resize(
+        self, instance: str, migration: str, attempt: int = ..., *, host: str, **options: Any
+    ) -> Accepted:
+        """Hand back to the source."""
+        ...
+
+    def terminate_instance(self, instance: str, *, host: str, **options: Any) -> Accepted:
+        """A delete wins on every host."""
+        ...
+
+    def settle_operation(
+        self, message: str, instance: str, settle: str, attempt: int = ..., revoke: bool = ..., *, host: str
+    ) -> OperationAnswer:
+        """What became of a command; one that never came is refused from now on."""
+        ...
+
+    def get_migration(self, migration: str, side: str = ..., *, host: str) -> MigrationState:
+        """One side of a move."""
+        ...
+
+    def answer_peer(self, migration: str, request: dict[str, Any], *, host: str) -> dict[str, Any]:
+        """A question of the source's driver to the destination's."""
+        ...
+
+    def peer_changed(self, instance: str, *, host: str) -> None:
+        """Something about an instance has changed: look. No answer is waited for."""
+        ...
+
+
+class Verdict(StrEnum):
+    """What a peer's answer means for whoever waits for it."""
+
+    WAIT = "wait"
+    YES = "yes"
+    """It decided for the move: it owns the instance."""
+    NO = "no"
+    """It never will: what was handed over may be taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which command of which host: the parts of its key."""
+
+    host: str
+    message: str
+    instance: str
+    operation: str
+    attempt: int = 1
+
+
+def decide(answer: OperationAnswer, journal_id: str, same_host: bool = False) -> tuple[Verdict, str]:
+    """What an answer means, and why.
+
+    :param journal_id: the journal that had accepted the command, where that is known.
+    :param same_host: both sides share one directory: what is being undone there is still in the way.
+    """
+    if not answer.known:
+        if journal_id and answer.journal_id != journal_id and not answer.clean:
+            return Verdict.WAIT, "it has lost its journal and still has something of the instance"
+        return Verdict.NO, "it never came there, and is refused from now on"
+    if answer.committed:
+        return Verdict.YES, "it is committed there"
+    if answer.state in (OperationState.UNDONE, OperationState.REFUSED):
+        return Verdict.NO, reason_of(answer)
+    if answer.state is OperationState.UNDOING and not same_host:
+        return Verdict.NO, reason_of(answer)
+    return Verdict.WAIT, f"it is in {answer.phase}"
+
+
+def reason_of(answer: OperationAnswer) -> str:
+    """The error that an answer carries, in words."""
+    return str((answer.error or {}).get("message", f"it is {answer.state}"))
+
+
+def ask(core: Core, question: Question, revoke: bool = False) -> OperationAnswer:
+    """Ask once.
+
+    :raises PeerUnavailable: no answer.
+    """
+    return reached(
+        question.host,
+        lambda: core.peers.settle_operation(
+            question.message,
+            question.instance,
+            question.operation,
+            question.attempt,
+            revoke,
+            host=question.host,
+        ),
+    )
+
+
+def reached(host: str, call: Callable[[], T]) -> T:
+    """``call()``. A host that was there before and has no queue now is one that does not answer: its broker was wiped.
+
+    :raises PeerUnavailable: no answer.
+    """
+    try:
+        return call()
+    except errors.MessageUndeliverable as exc:
+        raise errors.PeerUnavailable(host=host) from exc
+
+
+def await_verdict(
+    core: Core,
+    run: Run,
+    question: Question,
+    move: Callable[[], Move],
+    *,
+    cancellable: bool = False,
+    journal_id: str = "",
+) -> tuple[bool, OperationAnswer, str]:
+    """Ask until the other host has decided; others get the slot and the instance's line meanwhile.
+
+    Not ``cancellable``: a cancel is passed on to the other host, and its answer counts.
+
+    Returns whether it decided for it, the answer and the reason. By force of an operator (``Move.forced``) it is a no.
+    """
+    run.step_aside()
+    interval = core.settings.compute.peer_ask_interval
+    slowest = interval * _SLOWEST
+    while True:
+        if cancellable:
+            run.check()
+        now = move()
+        if now.forced:
+            return False, OperationAnswer(known=False), "an operator said that the other host is off and stays off"
+        seen, cancelled = run.nudges, run.cancel_requested
+        try:
+            answer = ask(core, question, revoke=cancelled and not cancellable)
+        except errors.PeerUnavailable as exc:
+            run.waiting_for = str(exc)
+        else:
+            verdict, why = decide(answer, journal_id, now.same_host)
+            if verdict is not Verdict.WAIT:
+                run.waiting_for = None
+                return verdict is Verdict.YES, answer, why
+            run.waiting_for = f"host {question.host}: {why}"
+            run.report(run.phase, peer=question.host, peer_phase=answer.phase)
+        _rest(run, interval, seen, cancelled)
+        interval = min(interval * 1.5, slowest)
+
+
+def _rest(run: Run, interval: float, seen: int, cancelled: bool) -> None:
+    run.sleep(interval, until=lambda: run.nudges != seen or run.cancel_requested != cancelled)
+
+
+def nudge(core: Core, host: str, instance: str) -> None:
+    """Tell a host that something about an instance has changed. It asks then; it would ask sooner or later anyway."""
+    try:
+        core.peers.peer_changed(instance, host=host)
+    except errors.ComputeError as exc:
+        LOG.debug("instance %s: host %s was not told: %s", instance, host, exc)
+
+
+def superseded_by(core: Core, instance: Instance, move: Move) -> str | None:
+    """Whether the other side of a move that is not closed has a newer copy of the instance (``protocol.md`` 8): the
+    reason, or ``None``. A host that does not answer within 2 s has said nothing: the guest starts."""
+    if move.same_host:
+        return None
+    other = "source" if move.side == "destination" else "destination"
+    try:
+        there = core.quick_peers.get_migration(move.migration.uuid, other, host=move.other)
+    except errors.ComputeError:
+        return None
+    if there.generation <= instance.generation:
+        return None
+    return f"host {move.other} took the instance over by force (generation {there.generation})"
+
+
+def peer_of(core: Core, move: Move) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """How the driver at the source asks the one at the destination."""
+    host, uuid = move.migration.dest_host, move.migration.uuid
+    return lambda request: reached(host, lambda: core.peers.answer_peer(uuid, dict(request), host=host))

@@ -1,0 +1,117 @@
+"""What a host answers about its moves, and what an operator decides when a host is off for good (``protocol.md`` 8)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from compute_worker import errors
+from compute_worker.manager.core import Core
+from compute_worker.moves import Move, Side
+from compute_worker.objects import MigrationState, OperationAnswer
+from compute_worker.operations.database import Tx
+from compute_worker.states import MigrationStatus
+
+_WAITS = frozenset({MigrationStatus.POST_MIGRATING})
+
+
+def state_of(core: Core, move: Move) -> MigrationState:
+    """One side of a move as others see it."""
+    uuid = move.instance.uuid
+    now = core.database.read(lambda tx: core.store.find(tx, uuid))
+    aside = any(left.uuid == uuid and left.kind == "resize" for left in core.driver.list_leftovers())
+    return MigrationState(
+        migration=move.migration,
+        side=move.side.value,
+        operation=move.operation,
+        handed_over=move.handed_over,
+        generation=now.generation if now is not None else move.instance.generation,
+        has_copy=aside,
+        refused=move.refused,
+        finished_at=move.finished_at,
+        journal_id=core.database.journal_id,
+    )
+
+
+def completed(core: Core, answer: OperationAnswer, uuid: str) -> OperationAnswer:
+    """An answer about a command, with what this host has of the instance: what a "never came" is worth.
+
+    A host that lost its journal and found the instance beside its disks owns it: that is a yes.
+    """
+    now = core.database.read(lambda tx: core.store.find(tx, uuid))
+    if answer.known:
+        return answer
+    owns = now is not None and now.host == core.host and now.migration is not None
+    kinds = {left.kind for left in core.driver.list_leftovers() if left.uuid == uuid}
+    return msgspec.structs.replace(
+        answer,
+        known=owns,
+        committed=owns,
+        clean=not kinds & {"domain", "directory"},
+        generation=now.generation if now is not None else 0,
+    )
+
+
+def require_silent(core: Core, migration: str, destination_is_off: bool) -> None:
+    """:raises InvalidState: nobody said that the destination is off, or it answers."""
+    move = core.moves.get(migration, Side.SOURCE)
+    host = move.migration.dest_host
+    if not destination_is_off:
+        raise errors.InvalidState(
+            f"migration {migration}: only when host {host} is off for good: say destination_is_off"
+        )
+    require_host_silent(core, host)
+
+
+def require_host_silent(core: Core, host: str) -> None:
+    """:raises InvalidState: it answers."""
+    if host == core.host:
+        raise errors.InvalidState(f"host {host} is this host")
+    try:
+        core.quick_peers.get_migration("00000000-0000-4000-8000-000000000000", host=host)
+    except (errors.PeerUnavailable, errors.MessageUndeliverable):
+        return
+    except errors.ComputeError as exc:
+        raise errors.InvalidState(f"host {host} answers: it decides by itself, nothing is to be forced") from exc
+    raise errors.InvalidState(f"host {host} answers: it decides by itself, nothing is to be forced")
+
+
+def admit(core: Core, tx: Tx, uuid: str, migration: str) -> bool:
+    """Mark the source's side as forced: the operation that waits takes the guest back, or one that begins now.
+
+    Returns whether there is nothing to begin.
+
+    :raises InvalidState: it does not wait for the destination, and has nothing set aside.
+    """
+    move = core.moves.require(tx, migration, Side.SOURCE)
+    if move.instance.uuid != uuid:
+        raise errors.MigrationNotFound(migration=migration)
+    if move.status is MigrationStatus.FINISHED:
+        core.store.forbid_deleted(tx, uuid)
+        core.moves.change(tx, migration, Side.SOURCE, MigrationStatus.REVERTING, forced=True)
+        return False
+    if move.status not in _WAITS:
+        raise errors.InvalidState(
+            f"instance {uuid}: migration {migration} is {move.status}: nothing waits for host {move.other} here"
+        )
+    core.moves.change(tx, migration, Side.SOURCE, forced=True)
+    return True
+
+
+def forget(core: Core, tx: Tx, host: str) -> list[str]:
+    """Close every open move with ``host``. Returns the instances that something waits for."""
+    touched = []
+    tx.execute("INSERT OR REPLACE INTO meta VALUES (?, '1')", (f"forgotten/{host}",))
+    tx.execute("DELETE FROM departed WHERE host = ?", (host,))
+    moves = [move for move in core.moves.list_in(tx) if move.other == host and not move.same_host]
+    for move in moves:
+        touched.append(move.instance.uuid)
+        if move.status is MigrationStatus.FINISHED:
+            # The copy of before stays until a person decides: take_back_instance, or a delete.
+            continue
+        core.moves.change(tx, move.migration.uuid, move.side, forced=True)
+    return touched
+
+
+def is_forgotten(tx: Tx, host: str) -> bool:
+    """Whether an operator said that a host never returns."""
+    return tx.execute("SELECT 1 FROM meta WHERE name = ?", (f"forgotten/{host}",)).fetchone() is not None

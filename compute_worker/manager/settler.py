@@ -1,0 +1,125 @@
+"""What nobody may have told this host about its moves: asked for, and acted on, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+
+from compute_worker import errors
+from compute_worker.manager import resize_verdict
+from compute_worker.manager.core import Core, Wish, accept
+from compute_worker.messages import Context
+from compute_worker.moves import Move, Side
+from compute_worker.objects import MigrationState
+from compute_worker.operations.database import Closed
+from compute_worker.operations.service import Admit, Operations
+from compute_worker.states import MigrationStatus
+
+LOG = logging.getLogger(__name__)
+_SLOWEST = 12
+
+
+def decide(move: Move, there: MigrationState | None, now: float, window: float) -> tuple[str | None, str]:
+    """Which operation begins by itself about one side of a move, and why.
+
+    :param there: the other side, where it was asked and has answered.
+    :param window: ``resize_confirm_window``.
+    """
+    if move.status is not MigrationStatus.FINISHED or move.forced:
+        return None, f"it is {move.status}"
+    if move.side is Side.DESTINATION:
+        age = now - (move.finished_at or now)
+        if window and age > window:
+            return resize_verdict.CONFIRM, f"it was not reverted within {window:g} s"
+        return None, "it waits for a decision"
+    if move.same_host or there is None:
+        return None, "the destination has not been heard of"
+    if there.migration.status in (MigrationStatus.CONFIRMING, MigrationStatus.CONFIRMED):
+        return "drop_resize", f"host {move.other} has confirmed it"
+    return None, f"at host {move.other} it is {there.migration.status}"
+
+
+class Settler:
+    """Asks about moves that wait for a decision of another host, more and more seldom, and at once when told."""
+
+    def __init__(self, core: Core, operations: Operations) -> None:
+        self._core = core
+        self._operations = operations
+        self._woken = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name="settler", daemon=True)
+        self._due: dict[tuple[str, Side], tuple[float, float]] = {}
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the thread; one that waits for an answer is left to the end of the process."""
+        self._stopped = True
+        self._woken.set()
+        self._thread.join(timeout)
+
+    def wake(self) -> None:
+        """Something has changed at a peer: ask everybody now."""
+        self._due.clear()
+        self._woken.set()
+
+    def _loop(self) -> None:
+        while not self._stopped:
+            try:
+                for move in self._core.moves.list():
+                    self._look(move)
+            except Closed:
+                return
+            except Exception:
+                LOG.exception("moves that wait for a decision could not be looked at")
+            self._woken.wait(self._core.settings.compute.peer_ask_interval)
+            self._woken.clear()
+
+    def _look(self, move: Move) -> None:
+        if self._stopped or move.status is not MigrationStatus.FINISHED:
+            return
+        there = self._ask(move) if move.side is Side.SOURCE and not move.same_host else None
+        kind, why = decide(move, there, time.time(), self._core.settings.compute.resize_confirm_window)
+        if kind is not None:
+            self._begin(move, kind, why)
+
+    def _ask(self, move: Move) -> MigrationState | None:
+        key, first = (move.migration.uuid, move.side), self._core.settings.compute.peer_ask_interval
+        due, interval = self._due.get(key, (0.0, first))
+        if time.monotonic() < due:
+            return None
+        self._due[key] = (time.monotonic() + interval, min(interval * 2, first * _SLOWEST))
+        try:
+            return self._core.quick_peers.get_migration(move.migration.uuid, Side.DESTINATION.value, host=move.other)
+        except errors.ComputeError as exc:
+            LOG.debug("migration %s: host %s: %s", move.migration.uuid, move.other, exc)
+            return None
+
+    def _begin(self, move: Move, kind: str, why: str) -> None:
+        instance, migration = move.instance.uuid, move.migration.uuid
+        LOG.info("instance %s: migration %s: %s: %s begins", instance, migration, why, kind)
+        admit: Admit
+        if kind == resize_verdict.CONFIRM:
+            admit = lambda tx: resize_verdict.decide(self._core, tx, instance, migration, kind)  # noqa: E731
+        else:
+            admit = lambda tx: resize_verdict.admit_drop(self._core, tx, instance, migration)  # noqa: E731
+        context = Context(request_id=f"req-{uuid.uuid4()}", message_id=str(uuid.uuid4()))
+        # One operation however often it is found due, and on both hosts.
+        operation = str(uuid.uuid5(uuid.UUID(migration), "confirm"))
+        try:
+            accept(
+                self._operations,
+                context,
+                kind,
+                Wish(operation, None, False),
+                admit,
+                instance=instance,
+                message=resize_verdict.CONFIRM,
+                chain=migration,
+            )
+        except errors.Refused as exc:
+            LOG.warning("instance %s: %s was refused: %s", instance, kind, exc)
