@@ -19,6 +19,7 @@ from compute_worker.virt.libvirt.disks.process import PATH
 LOG = logging.getLogger(__name__)
 _RANGE = re.compile(r"(\d{1,5})-(\d{1,5})\Z")
 _END_SECONDS = 5.0
+_ASK_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
 # systemd's socket activation (sd_listen_fds(3)): the first socket is descriptor 3, and LISTEN_PID is who is meant.
 # It lets us choose the port, know that it is ours, and hand it over listening.
@@ -143,8 +144,11 @@ class Export:
                 return
             except subprocess.TimeoutExpired:
                 self._stop.wait(_LOOK_SECONDS)
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_END_SECONDS)
+        deadline = time.monotonic() + _END_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            # Again and again: one that has just begun does not hear the first.
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_ASK_SECONDS)
         process.kill()
         process.wait()

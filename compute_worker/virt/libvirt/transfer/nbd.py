@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _OPTION = 0x49484156454F5054
 _OPTION_REPLY = 0x3E889045565A9
@@ -73,29 +74,72 @@ class Status:
 
 
 class Connection:
-    """A connection to one export. ``size``: of the disk, in bytes.
+    """A connection to one export, not yet made: :meth:`open` makes it. ``size``: of the disk, in bytes.
 
     :param address: host and port, or the path of a unix socket.
     :param contexts: metadata contexts that :meth:`block_status` is asked about.
-    :raises ConnectionLost: nobody answers.
-    :raises WrongPeer: the certificates do not fit.
-    :raises NbdError: no such export, or the server wants what we do not.
     """
 
     def __init__(
         self, address: tuple[str, int] | Path, export: str, tls: Tls | None = None, contexts: Sequence[str] = ()
     ) -> None:
         self.size = 0
+        self._address = address
+        self._export = export
+        self._tls = tls
+        self._wanted = contexts
         self._contexts: dict[str, int] = {}
         self._structured = bool(contexts)
         self._handle = 0
         self._in_flight: dict[int, str] = {}
-        self._socket: socket.socket = _connect(address)
+        self._aborted = False
+        self._socket = socket.socket(socket.AF_UNIX)
+
+    def open(self) -> None:
+        """Connect, secure, and open the export.
+
+        :raises ConnectionLost: nobody answers.
+        :raises WrongPeer: the certificates do not fit.
+        :raises NbdError: no such export, or the server wants what we do not.
+        """
         try:
-            self._negotiate(export, tls, contexts)
+            self._connect()
+            self._negotiate(self._export, self._tls, self._wanted)
+        except ConnectionLost as exc:
+            self._socket.close()
+            if not isinstance(self._socket, ssl.SSLSocket):
+                raise
+            raise ConnectionLost(f"{exc} right after TLS began; it may not accept our certificate") from None
         except BaseException:
             self._socket.close()
             raise
+
+    def _connect(self) -> None:
+        places: list[tuple[int, Any]] = [(socket.AF_UNIX, str(self._address))]
+        where = str(self._address)
+        try:
+            if not isinstance(self._address, Path):
+                where = f"{self._address[0]} port {self._address[1]}"
+                found = socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM)
+                places = [(family, place) for family, _, _, _, place in found]
+        except OSError as exc:
+            raise ConnectionLost(f"{where}: {exc.strerror or exc}") from None
+        problem: OSError = OSError("it has no address")
+        for family, place in places:
+            self._socket.close()
+            # Known to abort() before it waits for an answer that may never come.
+            self._socket = socket.socket(family, socket.SOCK_STREAM)
+            self._socket.settimeout(ANSWER_SECONDS)
+            try:
+                if self._aborted:
+                    break
+                self._socket.connect(place)
+                if family != socket.AF_UNIX:
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return
+            except OSError as exc:
+                problem = exc
+        raise ConnectionLost(f"{where}: {problem.strerror or problem}")
 
     # --- handshake ----------------------------------------------------------------------------------------------
 
@@ -211,6 +255,7 @@ class Connection:
 
     def abort(self) -> None:
         """Break the connection, from any thread: whoever waits on it gets :class:`ConnectionLost`."""
+        self._aborted = True
         with suppress(OSError):
             # Of an SSL socket this is the plain socket's: no goodbye that would have to wait for an answer.
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
@@ -316,19 +361,3 @@ class Connection:
 
 
 _REFUSALS = {1: "unknown", 2: "forbidden", 3: "invalid", 4: "not possible", 5: "it wants TLS", 6: "no such export"}
-
-
-def _connect(address: tuple[str, int] | Path) -> socket.socket:
-    try:
-        if isinstance(address, Path):
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            made.settimeout(ANSWER_SECONDS)
-            made.connect(str(address))
-            return made
-        made = socket.create_connection(address, timeout=ANSWER_SECONDS)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as exc:
-        where = address if isinstance(address, Path) else f"{address[0]} port {address[1]}"
-        reason = exc.strerror or str(exc)
-        raise ConnectionLost(f"{where}: {reason}") from None
-    return made

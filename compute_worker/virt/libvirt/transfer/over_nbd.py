@@ -66,11 +66,9 @@ class NbdTransport(DiskTransport):
                     raise self._failed(shipment, f"the connection was lost {failures} times: {exc}") from None
                 job.explain(f"{shipment.name}: {exc}; going on with what arrived")
                 job.wait(lambda: False, _PAUSE_SECONDS * failures)
-            except RequestFailed as exc:
-                if exc.errno in _FULL:
+            except (NbdError, errors.DiskFull) as exc:
+                if isinstance(exc, errors.DiskFull) or (isinstance(exc, RequestFailed) and exc.errno in _FULL):
                     raise errors.DiskFull(path=f"{shipment.migration.dest_host}:{begun['path']}") from None
-                raise self._failed(shipment, str(exc)) from None
-            except NbdError as exc:
                 raise self._failed(shipment, str(exc)) from None
         verify.finish(shipment, peer, job, full=self.settings.transfer.compare == "full")
 

@@ -61,7 +61,7 @@ class FileReader:
 class Push:
     """One run over ``windows`` (numbers of windows of ``window`` bytes of a disk of ``size``).
 
-    :param connect: makes a connection to the destination, for one thread.
+    :param connect: makes a connection to the destination, not yet open, for one thread.
     :param reader: makes a reader of the disk, for one thread.
     """
 
@@ -105,8 +105,10 @@ class Push:
             with job.on_cancel(self._abort):
                 # All of them before the first byte: a server ends when its last client leaves.
                 for _ in range(self._streams):
+                    connection = self._connect()
+                    self._connections.append(connection)
                     job.check()
-                    self._connections.append(self._connect())
+                    connection.open()
                 self._running = self._streams
                 threads = [
                     threading.Thread(target=self._stream, args=(connection,), name="push", daemon=True)
@@ -116,7 +118,8 @@ class Push:
                     thread.start()
                 self._attend(job, record, report)
         finally:
-            self._abort() if self._running else None
+            if self._running:
+                self._abort()
             for thread in threads:
                 thread.join()
             for connection in self._connections:
