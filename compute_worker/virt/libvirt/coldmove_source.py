@@ -106,10 +106,13 @@ class ColdMoveSource:
         if unknown:
             standing = [self._bases.with_digest(one, job) if PREFIX + one.name in unknown else one for one in standing]
             wanted = self._ask_prepare(instance, info, standing, peer, shared)
-        directory = self._directory.path(uuid, suffix)
+        offered = self._bases.offered(standing, self._directory.path(uuid, suffix))
         for name, why in wanted.items():
+            if name not in offered:
+                reason = f"host {migration.dest_host} wants {name[:64]!r}, which is none of the instance's files"
+                raise errors.MigrationFailed(migration=migration.uuid, reason=reason)
             job.explain(f"{name} goes to {migration.dest_host} too: {why}")
-            transport.send(Shipment(uuid, migration, name, self._bases.source_of(name, directory)), peer, job)
+            transport.send(Shipment(uuid, migration, name, offered[name]), peer, job)
 
     def _ask_prepare(
         self, instance: Instance, info: DiskInfo, standing: list[Standing], peer: Peer, shared: bool

@@ -91,17 +91,11 @@ class MovingBases:
         digest = standing.digest or content_digest(self._base / standing.name, job)
         return msgspec.structs.replace(standing, digest=digest)
 
-    def source_of(self, file: str, directory: Path) -> Path:
-        """Where a file lies that the destination wants, of an instance whose directory is ``directory``.
-
-        :raises compute_worker.errors.InvalidCommand: it is none that a destination may want.
-        """
-        if file in (KERNEL, RAMDISK):
-            return directory / file
-        name = file.removeprefix(PREFIX)
-        if not file.startswith(PREFIX) or "/" in name or name.startswith("."):
-            raise errors.InvalidCommand(method="answer_peer", problem=f"{file!r} is not to be sent"[:200])
-        return self._base / name
+    def offered(self, standing: list[Standing], directory: Path) -> dict[str, Path]:
+        """Files that the destination may want beside the disks of an instance whose directory is ``directory``: none
+        but these are ever sent."""
+        boot = {name: directory / name for name in (KERNEL, RAMDISK)}
+        return {**boot, **{PREFIX + one.name: self._base / one.name for one in standing}}
 
     # --- destination --------------------------------------------------------------------------------------------
 
