@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from compute_worker import errors
 from compute_worker.errors import ComputeError
 from compute_worker.manager import peers, resize_force
-from compute_worker.manager.core import Core, as_step, begin
+from compute_worker.manager.core import Core, begin
 from compute_worker.moves import Move, Side
 from compute_worker.objects import Flavor, ImageMeta, Instance
+from compute_worker.operations import journal
 from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Do, Kind, Step
 from compute_worker.operations.run import Run
@@ -31,7 +32,11 @@ def kind(core: Core) -> Kind:
     """How a delete runs: only forward. What it preempted may have removed the instance already."""
 
     def steps(run: Run) -> Sequence[Step]:
-        return [*_local_steps(core, run.instance or ""), Do("tell_other_hosts", lambda r: _tell_others(core, r))]
+        return [
+            Do("await_operations", lambda r: _await_operations(core, r)),
+            *_local_steps(core, run),
+            Do("tell_other_hosts", lambda r: _tell_others(core, r)),
+        ]
 
     def finish(tx: Tx, run: Run) -> None:
         uuid = run.instance or ""
@@ -59,18 +64,39 @@ def _deleted_moves(core: Core, tx: Tx, uuid: str) -> list[Move]:
     return [move for move in core.moves.of(tx, uuid, open_only=False) if move.deleted]
 
 
-def _local_steps(core: Core, uuid: str) -> list[Step]:
-    """A host that owns the instance, or was to get it, removes everything; one that gave it away only its own copy: the
-    directory may be shared with the owner."""
-    instance = core.database.read(lambda tx: core.store.find(tx, uuid))
-    moves = core.database.read(lambda tx: _deleted_moves(core, tx, uuid))
-    arriving = [move for move in moves if move.side is Side.DESTINATION]
-    if instance is not None or arriving:
-        return [as_step(part) for part in core.driver.destroy(instance or arriving[0].instance)]
-    return [
-        Do("drop_copy", lambda r, m=move: core.driver.confirm_migration(m.instance, m.migration, r))  # type: ignore[misc]
-        for move in moves[:1]
-    ]
+def _await_operations(core: Core, run: Run) -> None:
+    """What it preempted has left: a move that waits for its other host is not in the instance's line any more."""
+
+    def others() -> bool:
+        entries = core.database.read(lambda tx: journal.open_entries(tx, run.instance))
+        return any(entry.kind != run.kind for entry in entries)
+
+    while others():
+        run.waiting_for = "operations that it has cancelled"
+        run.wait(lambda: not others(), core.settings.compute.peer_ask_interval)
+    run.waiting_for = None
+
+
+def _local_steps(core: Core, run: Run) -> list[Step]:
+    """The driver's parts, made when each runs: what it preempted may have changed who owns the instance.
+
+    A host that owns the instance, or was to get it, removes everything; one that gave it away only its own copy: the
+    directory may be shared with the owner.
+    """
+    uuid = run.instance or ""
+
+    def part(run: Run, index: int) -> None:
+        instance, moves = core.database.read(
+            lambda tx: (core.store.find(tx, uuid), _deleted_moves(core, tx, uuid))
+        )
+        arriving = [move for move in moves if move.side is Side.DESTINATION]
+        if instance is not None or arriving:
+            core.driver.destroy(instance or arriving[0].instance)[index].do(run)
+        elif moves:
+            core.driver.confirm_migration(moves[0].instance, moves[0].migration, run)
+
+    names = [p.name for p in core.driver.destroy(nameless(uuid))]
+    return [Do(name, lambda r, i=index: part(r, i)) for index, name in enumerate(names)]  # type: ignore[misc]
 
 
 def _tell_others(core: Core, run: Run) -> None:

@@ -174,6 +174,7 @@ class ComputeManager:
 
     def _ended(self, kind: str, instance: str | None, state: str, seconds: float) -> None:
         if instance is not None:
+            self.operations.wake(instance)
             self.watch.look_at(instance)
         if self._on_end is not None:
             self._on_end(kind, state, seconds)

@@ -293,7 +293,7 @@ class Operations:
             return objects.OperationAnswer(
                 known=True,
                 state=entry.state,
-                committed=entry.committed and entry.state is not OperationState.UNDONE,
+                committed=entry.committed,
                 phase=entry.phase,
                 error=entry.error,
                 journal_id=self.database.journal_id,
