@@ -212,6 +212,14 @@ class Connection:
             self._settle(IN_FLIGHT)
             offset, count = offset + piece, count - piece
 
+    def settle(self) -> None:
+        """Wait until the server has taken everything that was written; a :meth:`flush`, also one by another connection,
+        brings it to the disk.
+
+        :raises RequestFailed: a write failed.
+        """
+        self._settle(0)
+
     def flush(self) -> None:
         """Wait until everything that was written before is on the server's disk.
 

@@ -1,4 +1,8 @@
-"""Send windows of a disk over several NBD connections at once; each is flushed at the destination before it counts."""
+"""Send windows of a disk over several NBD connections at once.
+
+A window counts when it has been flushed at the destination; one more connection does nothing but flush, about once a
+second, so that no stream ever waits for the destination's disk to catch up.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +90,10 @@ class Push:
         self._connections: list[Connection] = []
         self._changed = threading.Condition()
         self._stop = threading.Event()
+        self._written: list[int] = []
         self._done: list[int] = []
         self._running = 0
+        self._flushing = False
         self._error: BaseException | None = None
         self.sent = 0
 
@@ -100,28 +106,27 @@ class Push:
         :raises Cancelled: every connection is closed.
         :raises NbdError: as the first stream that failed met it.
         """
-        threads = []
+        threads: list[threading.Thread] = []
         try:
             with job.on_cancel(self._abort):
                 # All of them before the first byte: a server ends when its last client leaves.
-                for _ in range(self._streams):
+                for number in range(self._streams + 1 if self._streams else 0):
                     connection = self._connect()
                     self._connections.append(connection)
                     job.check()
                     connection.open()
-                self._running = self._streams
-                threads = [
-                    threading.Thread(target=self._stream, args=(connection,), name="push", daemon=True)
-                    for connection in self._connections
-                ]
+                    target = self._stream if number else self._flush
+                    threads.append(threading.Thread(target=target, args=(connection,), name="push", daemon=True))
+                self._running, self._flushing = self._streams, bool(threads)
                 for thread in threads:
                     thread.start()
                 self._attend(job, record, report)
         finally:
-            if self._running:
+            if self._flushing:
                 self._abort()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             for connection in self._connections:
                 connection.close()
         job.check()
@@ -139,19 +144,45 @@ class Push:
         recorded = time.monotonic()
         while True:
             with self._changed:
-                if self._running:
+                if self._flushing:
                     self._changed.wait(_LOOK_SECONDS)
-                running, done = self._running, self._done
+                flushing, done = self._flushing, self._done
             job.check()
             report(self.sent)
             quiet = time.monotonic() - recorded
-            if (done and quiet > _RECORD_SECONDS) or quiet > _ALIVE_SECONDS or (not running and done):
+            if (done and quiet > _RECORD_SECONDS) or quiet > _ALIVE_SECONDS or (not flushing and done):
                 with self._changed:
                     done, self._done = self._done, []
                 record(done)
                 recorded = time.monotonic()
-            if not running:
+            if not flushing:
                 return
+
+    def _flush(self, connection: Connection) -> None:
+        """Until every stream has ended: flush what they have written since."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._running, _RECORD_SECONDS)
+                    running, written = self._running, self._written
+                    self._written = []
+                if written and not self._stop.is_set():
+                    connection.flush()
+                with self._changed:
+                    self._done += written if not self._stop.is_set() else []
+                if not running:
+                    return
+        except BaseException as exc:
+            self._fail(exc)
+        finally:
+            with self._changed:
+                self._flushing = False
+                self._changed.notify_all()
+
+    def _fail(self, exc: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or exc
+        self._abort()
 
     def _stream(self, connection: Connection) -> None:
         try:
@@ -161,9 +192,7 @@ class Push:
             finally:
                 reader.close()
         except BaseException as exc:
-            with self._changed:
-                self._error = self._error or exc
-            self._abort()
+            self._fail(exc)
         finally:
             with self._changed:
                 self._running -= 1
@@ -187,6 +216,6 @@ class Push:
                     connection.write(buffer[: HEADER.size + count], at)
                     with self._changed:
                         self.sent += count
-            connection.flush()
+            connection.settle()
             with self._changed:
-                self._done.append(number)
+                self._written.append(number)
