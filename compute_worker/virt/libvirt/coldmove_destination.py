@@ -70,6 +70,11 @@ class ColdMoveDestination:
             return self._prepare(instance, migration, objects.decode(dict(request), Prepare, "answer_peer prepare"))
         if ask == "sending":
             return self._sending(instance, migration, objects.decode(dict(request), Sending, "answer_peer sending"))
+        arrival = self._directory.arrival(instance.uuid, migration.uuid)
+        if arrival is not None and arrival.attempt > migration.attempt:
+            if ask == "remove":
+                return {}
+            raise _over(migration, arrival)
         return self._receiver.answer(instance, migration, request)
 
     def _prepare(self, instance: Instance, migration: Migration, asked: Prepare) -> Mapping[str, Any]:
@@ -106,8 +111,7 @@ class ColdMoveDestination:
         uuid = instance.uuid
         arrival = self._directory.arrival(uuid, migration.uuid)
         if arrival is not None and arrival.attempt > migration.attempt:
-            reason = f"attempt {migration.attempt} is over, attempt {arrival.attempt} has begun"
-            raise errors.MigrationFailed(migration=migration.uuid, reason=reason)
+            raise _over(migration, arrival)
         if arrival is not None and arrival.attempt < migration.attempt:
             self._receiver.answer(instance, migration, {"ask": "remove"})
             arrival = None
@@ -248,3 +252,8 @@ class ColdMoveDestination:
                 self._directory.move(uuid, suffix, "")
         if self._directory.arrival(uuid, migration.uuid) is not None:
             self._deeds.define(instance, job)
+
+
+def _over(migration: Migration, arrival: Arrival) -> errors.MigrationFailed:
+    reason = f"attempt {migration.attempt} is over, attempt {arrival.attempt} has begun"
+    return errors.MigrationFailed(migration=migration.uuid, reason=reason)

@@ -125,14 +125,14 @@ class Deeds:
             return ""
 
     def _machine_of_files(self, uuid: str, facts: HostFacts) -> str:
-        """The one it had here, or where it came from, if this host has it too."""
+        """The one it had here; else the one it had where it came from, unless this host is known not to have it."""
         directory = self.disks.directory
         try:
-            found = _machine_of(Domain.parse((directory.path(uuid) / DEFINITION).read_text()))
+            return _machine_of(Domain.parse((directory.path(uuid) / DEFINITION).read_text()))
         except (OSError, ValueError):
             arrival = directory.arrival(uuid)
-            found = arrival.machine if arrival is not None else ""
-        return found if found in facts.machine_types else ""
+        found = arrival.machine if arrival is not None else ""
+        return found if found in facts.machine_types or not facts.machine_types else ""
 
     def touch_console(self, uuid: str) -> None:
         """``console.log`` is there and ours: virtlogd keeps the owner of one that it finds, and makes its own for

@@ -8,6 +8,7 @@ import pytest
 from compute_worker.virt.libvirt.domain import Devices, Domain, Os
 from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.host import Host
+from tests.virt.libvirt.moveworld import MoveWorld
 
 NODE = """<node><cpu><mhz>2000</mhz><model>i686</model><active>4</active><nodes>1</nodes><sockets>1</sockets>
 <cores>4</cores><threads>1</threads></cpu><memory>4194304</memory></node>"""
@@ -59,3 +60,23 @@ def domain(uuid=UUID, name="instance-1", **values):
     """A guest for the test driver."""
     base = {"type": "test", "memory_kib": 65536, "vcpus": 2, "os": Os(type="hvm"), "devices": Devices()}
     return Domain(uuid=uuid, name=name, **{**base, **values})
+
+
+@pytest.fixture
+def move_world(tmp_path, able):
+    """Makes two hosts; `options` are [libvirt]'s of both, `there` those of the destination where they differ."""
+    made = []
+
+    def make(there=None, transfer=None, **options):
+        uris = {}
+        for name in (MoveWorld.a, MoveWorld.b):
+            path = tmp_path / f"{name}.xml"
+            path.write_text(NODE)
+            uris[name] = f"test://{path}"
+        both = {MoveWorld.a: options, MoveWorld.b: {**options, **(there or {})}}
+        made.append(MoveWorld(tmp_path, uris, both, **(transfer or {})))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.close()

@@ -100,26 +100,28 @@ class MoveWorld:
         on = self.power(host, uuid) in ("running", "paused")
         return {f"tap{vif.id[:11]}" for vif in self._made[uuid].vifs} if on else set()
 
-    def write_disk(self, host: str, uuid: str, data: bytes) -> None:
+    def write_disk(self, host: str, uuid: str, data: bytes, at: int = WRITTEN_AT) -> None:
         piece = self.root / "piece"
         piece.write_bytes(data.rjust(SECTOR, b"\0"))
-        self._qemu_io(host, uuid, f"write -q -s {piece} {WRITTEN_AT} {SECTOR}")
+        words = ["qemu-io", "-f", self.format_of(host, uuid), "-c", f"write -q -s {piece} {at} {SECTOR}"]
+        subprocess.run([*words, self.path(host, uuid) / "disk"], check=True, timeout=20)
 
-    def read_disk(self, host: str, uuid: str) -> bytes:
+    def read_disk(self, host: str, uuid: str, at: int = WRITTEN_AT) -> bytes:
         disk, piece = self.path(host, uuid) / "disk", self.root / "piece"
         words = ["qemu-img", "dd", "-f", self.format_of(host, uuid), "-O", "raw", f"bs={SECTOR}",
-                 f"skip={WRITTEN_AT // SECTOR}", f"count={WRITTEN_AT // SECTOR + 1}", f"if={disk}", f"of={piece}"]
+                 f"skip={at // SECTOR}", f"count={at // SECTOR + 1}", f"if={disk}", f"of={piece}"]  # fmt: skip
         subprocess.run(words, check=True, timeout=20)
         return piece.read_bytes()[:SECTOR]
+
+    def listening(self, host: str) -> bool:
+        """Whether anything of the host listens for disks."""
+        receiver = self._drivers[host]._receiver if host in self._drivers else None
+        return any(export.alive for export in receiver._exports.values()) if receiver else False
 
     def format_of(self, host: str, uuid: str, name: str = "disk") -> str:
         info = self.driver(host)._deeds.disks.disk_info(uuid)
         assert info is not None
         return next(disk.format for disk in info.disks if disk.name == name)
-
-    def _qemu_io(self, host: str, uuid: str, command: str) -> None:
-        disk = self.path(host, uuid) / "disk"
-        subprocess.run(["qemu-io", "-f", self.format_of(host, uuid), "-c", command, disk], check=True, timeout=20)
 
     def images(self) -> set[str]:
         return {path.name for path in (self.root / "images").iterdir()}

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from tests.virt import contract_moves
-from tests.virt.libvirt.conftest import NODE
 from tests.virt.libvirt.moveworld import MoveWorld
-
-_numbers = itertools.count()
 
 
 @pytest.fixture(params=["qcow2", "raw"])
-def world(request: pytest.FixtureRequest, tmp_path: Path, able: None) -> Iterator[MoveWorld]:
-    uris = {}
-    for name in (MoveWorld.a, MoveWorld.b):
-        path = tmp_path / f"{name}-{next(_numbers)}.xml"
-        path.write_text(NODE)
-        uris[name] = f"test://{path}"
-    options = {"images_type": request.param}
-    made = MoveWorld(tmp_path, uris, {MoveWorld.a: options, MoveWorld.b: options})
-    yield made
-    made.close()
+def world(request: pytest.FixtureRequest, move_world: Callable[..., MoveWorld]) -> MoveWorld:
+    return move_world(images_type=request.param)
 
 
 class TestColdMove(contract_moves.ColdMoveContract):

@@ -158,7 +158,7 @@ def test_an_image_that_is_gone_comes_from_the_source(
 
 
 def test_a_base_that_was_altered_on_the_way_is_not_taken(source: DiskBuilder, there: DiskBuilder, job: Job) -> None:
-    info, bases = standing(source, job)
+    _, bases = standing(source, job)
     bases = [MovingBases(source).with_digest(one, job) for one in bases]
     send(source, there, [PREFIX + base_name(IMAGE)])
     sent = there.directory.path(UUID) / (PREFIX + base_name(IMAGE))
