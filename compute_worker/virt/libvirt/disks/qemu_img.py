@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compute_worker.virt.driver import Job
 
 _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
+_MOST_OUTPUT = 64 << 20
 _SLOWEST_BYTES_PER_CPU_SECOND = 16 << 20
 """Decompressing costs most; seen: 100 to 400 MiB a second."""
 
@@ -32,6 +33,7 @@ class ImageInfo:
     encrypted: bool
     details: dict[str, Any] = field(default_factory=dict)
     """The format's own data: ``create-type`` and ``extents`` of a vmdk, ``data-file`` of a qcow2."""
+    cluster_bytes: int = 0
 
 
 class QemuImg:
@@ -56,6 +58,7 @@ class QemuImg:
             backing=found.get("backing-filename") or found.get("full-backing-filename"),
             encrypted=bool(found.get("encrypted")),
             details=dict((found.get("format-specific") or {}).get("data") or {}),
+            cluster_bytes=int(found.get("cluster-size", 0)),
         )
 
     def create(self, path: Path, fmt: str, size_bytes: int, job: Job) -> None:
@@ -66,6 +69,39 @@ class QemuImg:
         """Make an empty qcow2 over ``backing`` (absolute, or relative to the directory of ``path``)."""
         words = ["create", "-q", "-f", "qcow2", "-F", backing_format, "-b", backing, path, str(size_bytes)]
         self._run(words, job, writes=path)
+
+    def create_blind(
+        self, path: Path, size_bytes: int, cluster_bytes: int, backing: str | None, backing_format: str | None, job: Job
+    ) -> None:
+        """Make an empty qcow2 with that cluster size, over a backing file that is not looked at and need not be there
+        yet; ``None``: over nothing."""
+        over = ["-u", "-F", backing_format or "raw", "-b", backing] if backing else []
+        options = ["-o", f"cluster_size={cluster_bytes}"]
+        self._run(["create", "-q", "-f", "qcow2", *options, *over, path, str(size_bytes)], job, writes=path)
+
+    def layers(self, path: Path, fmt: str, job: Job) -> list[dict[str, Any]]:
+        """What ``qemu-img map`` says of an image that a running guest may have open: pieces with ``start``, ``length``,
+        ``depth`` (0: the image itself), ``zero``, ``data``. What the guest's qemu has not written out is not in it.
+
+        :raises compute_worker.errors.CommandFailed: it cannot be read, or says more than 64 MiB.
+        """
+        output = bytearray()
+
+        def keep(piece: bytes) -> None:
+            if len(output) + len(piece) > _MOST_OUTPUT:
+                raise errors.CommandFailed(command="qemu-img map", status=0, stderr="its answer is too long")
+            output.extend(piece)
+
+        self._run(["map", "-U", "--output=json", "-f", fmt, path], job, on_output=keep)
+        try:
+            found = json.loads(output)
+        except ValueError:
+            raise errors.CommandFailed(command="qemu-img map", status=0, stderr="its answer is not JSON") from None
+        return list(found)
+
+    def remove_bitmap(self, path: Path, name: str, job: Job) -> None:
+        """Remove a persistent bitmap from a qcow2 that nobody has open."""
+        self._run(["bitmap", "--remove", "-f", "qcow2", path, name], job, writes=path)
 
     def convert(
         self, source: Path, source_format: str, target: Path, target_format: str, size_bytes: int, job: Job, phase: str

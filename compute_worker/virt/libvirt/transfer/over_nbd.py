@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 from collections.abc import Mapping
@@ -13,15 +12,11 @@ from compute_worker.images import files
 from compute_worker.objects import Migration
 from compute_worker.virt.driver import Job, Peer
 from compute_worker.virt.libvirt.transfer import address, extents, tls, verify, windows
+from compute_worker.virt.libvirt.transfer.attempts import Attempts, address_of, security_of
 from compute_worker.virt.libvirt.transfer.base import DiskTransport, Shipment
-from compute_worker.virt.libvirt.transfer.nbd import Connection, ConnectionLost, NbdError, RequestFailed, Tls
+from compute_worker.virt.libvirt.transfer.nbd import Connection
 from compute_worker.virt.libvirt.transfer.pace import Pace
 from compute_worker.virt.libvirt.transfer.push import FileReader, Push
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_ATTEMPTS = 4
-"""Connections lost one after the other with nothing arriving between, until it is taken for broken."""
-_PAUSE_SECONDS = 1.0
 
 
 class NbdTransport(DiskTransport):
@@ -47,29 +42,17 @@ class NbdTransport(DiskTransport):
 
     def send(self, shipment: Shipment, peer: Peer, job: Job) -> None:
         """Windows that are not there yet; then compare; then give the file its name."""
-        begun = peer({"ask": "begin"})
-        host = begun["address"] or shipment.migration.dest_host
-        failures, before = 0, -1
+        host = address_of(shipment.migration, peer)
+        attempts = Attempts(shipment, job)
         while True:
             opened = self._open(shipment, peer)
             if opened["complete"]:
                 break
-            there = len(windows.numbers(opened["windows"]))
-            try:
+            with attempts.one(len(windows.numbers(opened["windows"]))) as attempt:
                 self._push(shipment, peer, job, host, opened)
+            if attempt.ended:
                 peer({"ask": "stop", "name": shipment.name})
                 break
-            except ConnectionLost as exc:
-                failures = 1 if there > before else failures + 1
-                before = max(before, there)
-                if failures >= _ATTEMPTS:
-                    raise self._failed(shipment, f"the connection was lost {failures} times: {exc}") from None
-                job.explain(f"{shipment.name}: {exc}; going on with what arrived")
-                job.wait(lambda: False, _PAUSE_SECONDS * failures)
-            except (NbdError, errors.DiskFull) as exc:
-                if isinstance(exc, errors.DiskFull) or (isinstance(exc, RequestFailed) and exc.errno in _FULL):
-                    raise errors.DiskFull(path=f"{shipment.migration.dest_host}:{begun['path']}") from None
-                raise self._failed(shipment, str(exc)) from None
         verify.finish(shipment, peer, job, full=self.settings.transfer.compare == "full")
 
     def _open(self, shipment: Shipment, peer: Peer) -> Mapping[str, Any]:
@@ -81,7 +64,7 @@ class NbdTransport(DiskTransport):
         options = self.settings.transfer
         window = options.window_mb << 20
         arrived = windows.numbers(opened["windows"])
-        security = self._security(shipment, opened)
+        security = security_of(self.settings.transfer, shipment.migration, opened)
         unrecorded: list[int] = []
 
         def record(done: list[int]) -> None:
@@ -114,18 +97,6 @@ class NbdTransport(DiskTransport):
                 push.run(job, record, lambda sent: job.report(shipment.phase, min(total, here + sent), total))
             finally:
                 os.close(fd)
-
-    def _security(self, shipment: Shipment, opened: Mapping[str, Any]) -> Tls | None:
-        """Never less than this host asks for, whatever the other says."""
-        if not opened["tls"] and self.settings.transfer.nbd_plaintext:
-            return None
-        context = tls.client_context(self.settings.transfer.tls_dir)
-        return Tls(context, shipment.migration.dest_host)
-
-    @staticmethod
-    def _failed(shipment: Shipment, reason: str) -> errors.MigrationFailed:
-        where = f"sending {shipment.name} to host {shipment.migration.dest_host}"
-        return errors.MigrationFailed(migration=shipment.migration.uuid, reason=f"{where}: {reason}")
 
 
 def _data(fd: int, number: int, window: int, size: int) -> int:

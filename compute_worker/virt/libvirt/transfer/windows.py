@@ -17,11 +17,15 @@ _MOST = 1 << 24
 
 
 class Arrived(msgspec.Struct, frozen=True):
-    """The journal of one disk: its size and the size of its windows in bytes, and which are there and flushed."""
+    """The journal of one disk: its size and the size of its windows in bytes, and which are there and flushed.
+
+    ``token``: the point in time of a running guest that they are of; empty: the file as it is.
+    """
 
     size: int
     window: int
     runs: Runs = []
+    token: str = ""
 
     @property
     def done(self) -> set[int]:
