@@ -68,14 +68,15 @@ class Arrival:
             with files.disk_errors(self.part):
                 os.truncate(self.part, size)
 
-    def publish(self, size: int, group: str) -> None:
+    def publish(self, size: int | None, group: str) -> None:
         """The part becomes the file, durably; its owner and mode are those of a disk made here."""
         with files.disk_errors(self.final):
-            if not os.path.lexists(self.part) and self.final.lstat().st_size == size:
+            if not os.path.lexists(self.part) and size in (None, self.final.lstat().st_size):
                 self.journal.unlink(missing_ok=True)
                 return
-            self.cut(size)
-            if self.part.lstat().st_size != size:
+            if size is not None:
+                self.cut(size)
+            if size not in (None, self.part.lstat().st_size):
                 reason = f"{self.part} has {self.part.lstat().st_size} bytes instead of {size}"
                 raise errors.MigrationFailed(migration=self.migration, reason=reason)
             files.give_to_group(self.part, group, 0o660 if group else 0o600)

@@ -7,6 +7,7 @@ migration's. If the worker dies, its ``qemu-nbd`` die with it; what was recorded
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import signal
@@ -21,8 +22,10 @@ from compute_worker import errors, objects
 from compute_worker.config import Settings
 from compute_worker.images import files
 from compute_worker.objects import Instance, Migration
+from compute_worker.virt.driver import NullJob
 from compute_worker.virt.libvirt.disks import process
 from compute_worker.virt.libvirt.disks.instance_dir import InstancesDirectory
+from compute_worker.virt.libvirt.disks.qemu_img import QemuImg
 from compute_worker.virt.libvirt.transfer import extents, requests, tls, windows
 from compute_worker.virt.libvirt.transfer.arrivals import Arrival, Arrivals
 from compute_worker.virt.libvirt.transfer.export import Export, Listening
@@ -44,6 +47,7 @@ class Receiver:
         self._group = settings.libvirt.disk_owner_group
         self._listening = Listening.parse(self._options.listen_address, self._options.ports)
         self._arrivals = Arrivals(directory)
+        self._qemu_img = QemuImg(settings.images.qemu_img_cpu_seconds, settings.images.qemu_img_memory_mb)
         self._exports: dict[tuple[str, str], Export] = {}
         self._locks: dict[str, list[Any]] = {}
         self._guard = threading.Lock()
@@ -53,6 +57,7 @@ class Receiver:
             "probe": self._probe,
             "place": self._place,
             "open": self._open,
+            "overlay": self._overlay,
             "windows": self._windows,
             "stop": self._stop,
             "map": self._map,
@@ -155,32 +160,62 @@ class Receiver:
             return {"complete": False, "path": str(arrival.part)}
 
     def _open(self, instance: Instance, migration: Migration, asked: requests.OpenRequest) -> Answer:
+        return self._listen(instance, migration, asked, lambda arrival: arrival.make_part(asked.size), _as_raw)
+
+    def _overlay(self, instance: Instance, migration: Migration, asked: requests.OverlayRequest) -> Answer:
+        def make(arrival: Arrival) -> None:
+            base = self._arrivals.directory.base
+            backing = os.path.relpath(base / asked.backing, arrival.part.parent) if asked.backing else None
+            if not arrival.part.exists():
+                arrival.make_part(None)
+                size, cluster = asked.size, asked.cluster
+                self._qemu_img.create_blind(arrival.part, size, cluster, backing, asked.backing_format, NullJob())
+
+        return self._listen(instance, migration, asked, make, _as_overlay, asked.token)
+
+    def _listen(
+        self,
+        instance: Instance,
+        migration: Migration,
+        asked: requests.OpenRequest,
+        make: Callable[[Arrival], None],
+        export: Callable[[Path], list[str]],
+        token: str = "",
+    ) -> Answer:
         with self._locked(instance.uuid):
             arrival = self._arrival(instance, migration, asked.name)
             if arrival.final.exists():
                 return {"complete": True}
-            arrived = self._resume(instance, asked, arrival)
-            export = self._export(instance.uuid, asked.name, arrival.part)
-        export.touch()
+            arrived = self._resume(instance, asked, arrival, make, token)
+            running = self._export(instance.uuid, asked.name, arrival.part, export)
+        running.touch()
         return {
             "complete": False,
-            "port": export.port,
+            "port": running.port,
             "export": asked.name,
             "tls": tls.problem(self._options.tls_dir, "server") is None,
             "windows": arrived.runs,
         }
 
-    def _resume(self, instance: Instance, asked: requests.OpenRequest, arrival: Arrival) -> Arrived:
+    def _resume(
+        self,
+        instance: Instance,
+        asked: requests.OpenRequest,
+        arrival: Arrival,
+        make: Callable[[Arrival], None],
+        token: str,
+    ) -> Arrived:
         """What of the part can be believed; it is made anew when that is nothing."""
         arrived = windows.read(arrival.journal) if arrival.part.exists() else None
-        if arrived is None or (arrived.size, arrived.window) != (asked.size, asked.window):
+        wanted = (asked.size, asked.window, token)
+        if arrived is None or (arrived.size, arrived.window, arrived.token) != wanted:
             self._end(instance.uuid, asked.name, arrival.part)
             arrival.remove()
-            arrived = Arrived(asked.size, asked.window)
-            arrival.make_part(asked.size)
+            arrived = Arrived(asked.size, asked.window, [], token)
+            make(arrival)
             windows.write(arrival.journal, arrived)
-        else:
-            arrival.make_part(asked.size)
+        elif not self._listens(instance.uuid, asked.name):
+            make(arrival)
         return arrived
 
     def _windows(self, instance: Instance, migration: Migration, asked: requests.WindowsRequest) -> Answer:
@@ -198,7 +233,7 @@ class Receiver:
                 raise errors.InvalidCommand(method="answer_peer windows", problem=str(exc)) from None
             done = {number for number in done if number < arrived.count}
             if done != arrived.done:
-                arrived = Arrived(arrived.size, arrived.window, windows.runs_of(done))
+                arrived = Arrived(arrived.size, arrived.window, windows.runs_of(done), arrived.token)
                 windows.write(arrival.journal, arrived)
             return {"windows": arrived.runs}
 
@@ -207,7 +242,7 @@ class Receiver:
             arrival = self._arrival(instance, migration, asked.name)
             self._end(instance.uuid, asked.name, arrival.part)
             arrived = windows.read(arrival.journal)
-            if arrived is not None:
+            if arrived is not None and not arrived.token:
                 arrival.cut(arrived.size)
         return {}
 
@@ -264,15 +299,18 @@ class Receiver:
             finally:
                 os.close(fd)
 
-    def _export(self, uuid: str, name: str, part: Path) -> Export:
+    def _listens(self, uuid: str, name: str) -> Export | None:
         with self._guard:
             export = self._exports.get((uuid, name))
-        if export is not None and export.alive:
-            return export
-        _end_writers(part)
-        export = self._start(uuid, name, ["-f", "raw", "--", str(part)])
-        with self._guard:
-            self._exports[uuid, name] = export
+        return export if export is not None and export.alive else None
+
+    def _export(self, uuid: str, name: str, part: Path, target: Callable[[Path], list[str]]) -> Export:
+        export = self._listens(uuid, name)
+        if export is None:
+            _end_writers(part)
+            export = self._start(uuid, name, target(part))
+            with self._guard:
+                self._exports[uuid, name] = export
         return export
 
     def _start(self, uuid: str, name: str, target: list[str]) -> Export:
@@ -294,6 +332,23 @@ class Receiver:
         if export is not None:
             export.stop()
         _end_writers(part)
+
+
+def _as_raw(path: Path) -> list[str]:
+    return ["--format=raw", "--", str(path)]
+
+
+def _as_overlay(path: Path) -> list[str]:
+    """Only the layer itself, also where the base is there: what is not in it reads as zeros, and nothing of the base
+    is ever copied into it."""
+    return ["--allocation-depth", "--", overlay_node(path)]
+
+
+def overlay_node(path: Path) -> str:
+    """A qcow2 file without its backing file, in QEMU's own notation: nothing of it is guessed."""
+    return "json:" + json.dumps(
+        {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None}
+    )
 
 
 def digest(fd: int, begin: int, end: int) -> str:

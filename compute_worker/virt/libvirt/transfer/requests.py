@@ -31,7 +31,7 @@ class ProbeRequest(Request, frozen=True, kw_only=True):
 
 
 class NameRequest(Request, frozen=True, kw_only=True):
-    """About one file: ``place`` (room to write it without a server), ``done`` with sending it."""
+    """About one file: ``place`` (room to write it without a server), ``stop`` listening for it."""
 
     name: ImageId
 
@@ -41,6 +41,15 @@ class OpenRequest(NameRequest, frozen=True, kw_only=True):
 
     size: Bytes
     window: Annotated[int, Meta(ge=4096, le=1 << 40)]
+
+
+class OverlayRequest(OpenRequest, frozen=True, kw_only=True):
+    """Listen for the clusters of a qcow2 of this virtual ``size``, as they were at ``token``. ``backing``: its base."""
+
+    token: Annotated[str, Meta(pattern=r"^[a-z0-9-]{8,64}\Z")]
+    cluster: Annotated[int, Meta(ge=512, le=2 << 20)]
+    backing: ImageId | None = None
+    backing_format: Annotated[str, Meta(pattern=r"^(raw|qcow2)\Z")] | None = None
 
 
 class WindowsRequest(NameRequest, frozen=True, kw_only=True):
@@ -69,9 +78,10 @@ class DigestRequest(NameRequest, frozen=True, kw_only=True):
 
 
 class FinishRequest(NameRequest, frozen=True, kw_only=True):
-    """Everything of the file is there: give it its name."""
+    """Everything of the file is there: give it its name. ``size``: the file's; ``None``: of an overlay that was
+    written here nobody can say it."""
 
-    size: Bytes
+    size: Bytes | None
 
 
 class RemoveRequest(Request, frozen=True, kw_only=True):
@@ -86,6 +96,7 @@ KINDS: dict[str, type[Request]] = {
     "probe": ProbeRequest,
     "place": NameRequest,
     "open": OpenRequest,
+    "overlay": OverlayRequest,
     "windows": WindowsRequest,
     "stop": NameRequest,
     "map": MapRequest,
