@@ -13,7 +13,7 @@ from typing import Any
 import libvirt
 import msgspec
 
-from compute_worker.config import Compute, Images, Libvirt, Settings
+from compute_worker.config import Compute, Images, Libvirt, Settings, Transfer
 from compute_worker.objects import BlockDeviceInfo, EphemeralDisk, Flavor, ImageMeta, Instance, Vif
 from compute_worker.virt.driver import ComputeDriver, SpawnRequest
 from compute_worker.virt.libvirt.disks.cache import base_name
@@ -71,6 +71,7 @@ class LibvirtWorld:
         self._drivers: dict[str, LibvirtDriver] = {}
         self._made: dict[str, Instance] = {}
         self._told: list[LifecycleEvent] = []
+        self._transfer: dict[str, Any] = {}
         self._host = Host(URI)
         self._host.subscribe(lambda event: self._told.append(event) if isinstance(event, LifecycleEvent) else None)
         assert self._host.wait_connected(10)
@@ -81,7 +82,25 @@ class LibvirtWorld:
             compute=Compute(host=host, state_path=STATE_PATH),
             images=Images(file_path=IMAGES_PATH, remove_unused_base_images_after=0),
             libvirt=Libvirt(mem_stats_period=1),
+            transfer=Transfer(**self._transfer),
         )
+
+    def use(self, transfer: dict[str, Any]) -> None:
+        """Options of [transfer] for drivers that begin from now on."""
+        self._transfer = transfer
+
+    def remember(self, instance: Instance) -> None:
+        """An instance that another world made may come here."""
+        self._made[instance.uuid] = instance
+
+    def console(self, host: str, uuid: str) -> str:
+        path = self.instances / uuid / "console.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def processes(self, host: str, name: str) -> list[str]:
+        """Command lines of the host's processes that are called so."""
+        words = [_words(entry) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [b" ".join(w).decode(errors="replace") for w in words if os.path.basename(w[0]) == name.encode()]
 
     def driver(self, host: str) -> ComputeDriver:
         if host not in self._drivers:
@@ -189,4 +208,4 @@ def _words(process: Path) -> list[bytes]:
     try:
         return (process / "cmdline").read_bytes().split(b"\0")
     except OSError:
-        return []
+        return [b""]

@@ -26,12 +26,12 @@ def images(cell: Cell, lab_guest: GuestImages) -> None:
         cell.add_image(path, name)
 
 
-def run_inside(cell: Cell, what: str, seconds: float) -> int:
+def run_inside(cell: Cell, what: str, seconds: float, *options: str) -> int:
     """Run tests inside node1 as the worker's user; how many passed. A failure there is shown here."""
     report = "/tmp/report.xml"
     argv = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir",
-        str(REPOSITORY), f"--junitxml={report}", f"{REPOSITORY}/tests/lab/{what}",
+        str(REPOSITORY), f"--junitxml={report}", f"{REPOSITORY}/tests/lab/{what}", *options,
     ]  # fmt: skip
     env = {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis", "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp"}
     node = cell["node1"]

@@ -115,6 +115,7 @@ class ColdMoveDestination:
         if arrival is not None and arrival.attempt < migration.attempt:
             self._receiver.answer(instance, migration, {"ask": "remove"})
             arrival = None
+        self._directory.forget_use(uuid)
         self._receiver.answer(instance, migration, {"ask": "begin"})
         if arrival is None:
             arrival = Arrival(migration.uuid, migration.attempt)

@@ -67,14 +67,14 @@ def move_world(tmp_path, able):
     """Makes two hosts; `options` are [libvirt]'s of both, `there` those of the destination where they differ."""
     made = []
 
-    def make(there=None, transfer=None, **options):
+    def make(there=None, transfer=None, shared=False, **options):
         uris = {}
         for name in (MoveWorld.a, MoveWorld.b):
             path = tmp_path / f"{name}.xml"
             path.write_text(NODE)
             uris[name] = f"test://{path}"
         both = {MoveWorld.a: options, MoveWorld.b: {**options, **(there or {})}}
-        made.append(MoveWorld(tmp_path, uris, both, **(transfer or {})))
+        made.append(MoveWorld(tmp_path, uris, both, shared, **(transfer or {})))
         return made[-1]
 
     yield make

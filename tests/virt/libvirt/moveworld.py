@@ -26,7 +26,8 @@ _STATES = {libvirt.VIR_DOMAIN_RUNNING: "running", libvirt.VIR_DOMAIN_PAUSED: "pa
 
 
 class MoveWorld:
-    """See :class:`tests.virt.world.World`. ``options``: of [libvirt], by host; ``transfer``: of [transfer]."""
+    """See :class:`tests.virt.world.World`. ``options``: of [libvirt], by host; ``transfer``: of [transfer];
+    ``shared``: both hosts see one instances directory."""
 
     supports = frozenset({RESIZE})
     a, b = "node1", "node2"
@@ -34,9 +35,10 @@ class MoveWorld:
     plugs_with_guest = True
 
     def __init__(self, root: Path, uris: dict[str, str], options: dict[str, dict[str, Any]] | None = None,
-                 **transfer: Any) -> None:  # fmt: skip
+                 shared: bool = False, **transfer: Any) -> None:  # fmt: skip
         self.root = root
         self._options = options or {}
+        self._instances_path = str(root / "shared") if shared else ""
         self._transfer = {"transport": "nbd", "nbd_plaintext": True, "address": "127.0.0.1", "tls_dir": "",
                           "listen_address": "127.0.0.1", "resize_precopy": "never", **transfer}  # fmt: skip
         self._hosts = {name: Host(uri, host=name, backoff=(0.01, 0.05)) for name, uri in uris.items()}
@@ -47,7 +49,7 @@ class MoveWorld:
 
     def settings(self, host: str) -> Settings:
         return Settings(
-            compute=Compute(host=host, state_path=str(self.root / host)),
+            compute=Compute(host=host, state_path=str(self.root / host), instances_path=self._instances_path),
             images=Images(file_path=str(self.root / "images"), remove_unused_base_images_after=0),
             libvirt=Libvirt(**self._options.get(host, {})),
             transfer=Transfer(**self._transfer),

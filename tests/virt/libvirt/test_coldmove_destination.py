@@ -199,6 +199,22 @@ def test_images_can_be_there_before_any_disk(move_world: Make) -> None:
     assert_nothing(world, world.b, instance.uuid)
 
 
+def test_a_directory_that_only_names_images_is_in_nobody_s_way(move_world: Make) -> None:
+    """Images may have been fetched as for a spawn."""
+    world = move_world()
+    instance, migration = begin(world)
+    there = msgspec.structs.replace(instance, host=world.b)
+    fetch = world.driver(world.b).spawn(there, SpawnRequest())[0]
+    fetch.do(RecordingJob())
+    assert world.files(world.b, instance.uuid) == {instance.uuid, f"{instance.uuid}/images.json"}
+    told = run(parts_of(world, instance, migration), RecordingJob())
+    parts = finish(world, there, migration, objects.decode(told["disk_info"], DiskInfo, "test"))
+    run(parts, RecordingJob())
+    undo(parts, RecordingJob())
+    fetch.undo(RecordingJob())
+    assert_nothing(world, world.b, instance.uuid)
+
+
 def test_an_image_that_cannot_be_had_early_is_no_error(move_world: Make) -> None:
     world = move_world()
     instance, migration = begin(world)

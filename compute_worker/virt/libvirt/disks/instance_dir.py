@@ -124,6 +124,13 @@ class InstancesDirectory:
         """Write ``images.json``."""
         self._write(uuid, "", "images.json", use)
 
+    def forget_use(self, uuid: str) -> None:
+        """Remove a directory that holds nothing but ``images.json``: of an instance whose images were fetched early."""
+        path = self.path(uuid)
+        with files.disk_errors(path):
+            if path.is_dir() and set(os.listdir(path)) == {"images.json"}:
+                self.remove(uuid)
+
     def write_record(self, instance: Instance) -> None:
         """Write ``instance.json`` where the instance has a directory (or one set aside); elsewhere do nothing."""
         for suffix in ("", RESIZE):
