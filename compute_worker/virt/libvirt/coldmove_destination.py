@@ -90,7 +90,7 @@ class ColdMoveDestination:
             arrival = self._mark(instance, migration)
             bases = {base.name: base.digest for base in asked.bases if base.digest}
             self._directory.write_use(instance.uuid, ImageUse(bases=self._bases.names(asked.bases)))
-            changed = msgspec.structs.replace(arrival, machine=asked.machine, bases=bases)
+            changed = msgspec.structs.replace(arrival, machine=asked.machine or arrival.machine, bases=bases)
             self._directory.write_arrival(instance.uuid, changed)
         moving = msgspec.structs.replace(instance, migration=migration.uuid)
         return {"wanted": self._bases.wanted(moving, asked.disk_info, asked.bases, NullJob())}

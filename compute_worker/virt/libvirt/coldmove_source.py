@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from compute_worker import errors, objects
+from compute_worker.images import files
 from compute_worker.objects import DiskInfo, Instance, Migration
 from compute_worker.states import PowerState, ran_before
 from compute_worker.virt.driver import Job, Part, Peer
@@ -151,7 +152,10 @@ class ColdMoveSource:
             return
         if self._deeds.power(uuid) not in OFF:
             raise errors.InvalidState(instance=uuid, command="set aside", attribute="power_state", state="running")
-        self._deeds.need_disk_info(uuid)
+        for disk in self._deeds.need_disk_info(uuid).disks:
+            # What is read and sent from now on must still be there after a power failure: a copy is gone on with.
+            with files.disk_errors(here / disk.name):
+                files.fsync(here / disk.name)
         self._deeds.undefine(uuid)
         self._directory.write_record(msgspec.structs.replace(instance, migration=migration.uuid))
         self._directory.move(uuid, "", RESIZE)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from compute_worker import errors, objects
+from compute_worker.images import files
 from compute_worker.objects import DiskInfo, Flavor, Instance, Migration
 from compute_worker.virt.driver import Part, SpawnRequest
 from compute_worker.virt.libvirt.disks.bases import PREFIX
@@ -151,6 +153,31 @@ def test_what_is_set_aside_says_by_what(move_world: Make) -> None:
     assert record is not None and (record.migration, record.host) == (migration.uuid, world.a)
 
 
+def test_disks_are_on_the_disk_before_they_are_set_aside(move_world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a copy that is gone on with after a power failure could be of two states."""
+    world = move_world()
+    instance, migration = begin(world)
+    parts = parts_of(world, instance, migration)
+    parts[0].do(RecordingJob())
+    order: list[str] = []
+    fsync, rename = files.fsync, os.rename
+
+    def recorded(path: Path) -> None:
+        order.append(path.name)
+        fsync(path)
+
+    def renamed(old: Path, new: Path) -> None:
+        order.append(f"-> {new.name}")
+        rename(old, new)
+
+    monkeypatch.setattr(files, "fsync", recorded)
+    monkeypatch.setattr(os, "rename", renamed)
+    parts[1].do(RecordingJob())
+    moved = order.index(f"-> {instance.uuid}_resize")
+    assert {"disk", "disk.eph0", "disk.swap"} <= set(order[:moved])
+    assert "instances" in order[moved:]
+
+
 def test_a_death_between_undefining_and_renaming(move_world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     world = move_world()
     instance, migration = begin(world)
@@ -276,6 +303,18 @@ def test_undone_after_bases_were_sent_nothing_is_left(move_world: Make) -> None:
     run(parts[:4], RecordingJob())
     undo(parts[:4], RecordingJob(), 2)
     assert_nothing(world, world.b, instance.uuid)
+
+
+@pytest.mark.parametrize("backend", ["qcow2", "raw"])
+def test_a_config_drive_travels_as_it_is(move_world: Make, backend: str) -> None:
+    world = move_world(images_type=backend, there={"images_type": "qcow2"})
+    instance, migration = begin(world, config_drive=True, user_data="#!/bin/sh")
+    drive = (world.path(world.a, instance.uuid) / "disk.config").read_bytes()
+    told = run(parts_of(world, instance, migration), RecordingJob())
+    there = arrive(world, instance, migration, told, root_gb=2)
+    assert (world.path(world.b, instance.uuid) / "disk.config").read_bytes() == drive
+    info = world.driver(world.b).get_instance_disk_info(there)
+    assert [(d.format, d.label) for d in info.disks if d.name == "disk.config"] == [("raw", "config-2")]
 
 
 @pytest.mark.parametrize(("backend", "there"), [("qcow2", "qcow2"), ("raw", "raw"), ("raw", "qcow2")])
