@@ -24,6 +24,7 @@ _WORD = re.compile(r"[A-Za-z0-9._:-]{1,255}\Z")
 _UUID = re.compile(objects.UUID_PATTERN)
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\Z")
 _SECRET = re.compile(r"pass|secret|token|user_data|injected_files|content_base64", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _INT64 = 1 << 63
 _LONGEST_ARGUMENT_NAME = 64
 
@@ -102,22 +103,22 @@ def _invalid(method: str, problem: str, argument: str = "") -> errors.InvalidCom
 
 def unacceptable(value: Any) -> str | None:
     """What JSON lets through and nothing behind us can store, in words; ``None``: all fine."""
-    todo = [value]
+    todo: list[Iterable[Any]] = [[value]]
     while todo:
-        item = todo.pop()
-        if isinstance(item, dict):
-            todo.extend(item.keys())
-            todo.extend(item.values())
-        elif isinstance(item, list):
-            todo.extend(item)
-        elif isinstance(item, str):
-            if not item.isascii() and any("\ud800" <= letter <= "\udfff" for letter in item):
-                return "it holds text that is not valid unicode"
-        elif isinstance(item, float):
-            if not math.isfinite(item):
-                return "it holds a number that is not finite"
-        elif isinstance(item, int) and not -_INT64 <= item < _INT64:
-            return "it holds a number beyond 64 bits"
+        for item in todo.pop():
+            kind = type(item)
+            if kind is str:
+                if not item.isascii() and _SURROGATE.search(item):
+                    return "it holds text that is not valid unicode"
+            elif kind is dict:
+                todo += (item, item.values())
+            elif kind is list:
+                todo.append(item)
+            elif kind is float:
+                if not math.isfinite(item):
+                    return "it holds a number that is not finite"
+            elif kind is int and not -_INT64 <= item < _INT64:
+                return "it holds a number beyond 64 bits"
     return None
 
 
