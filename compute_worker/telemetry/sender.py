@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from compute_worker.objects import HostState
-from compute_worker.telemetry.notifications import HOST_STATE, VERSION, Notifier, message_id_of
+from compute_worker.telemetry.notifications import HOST_STATE, VERSION, Message, Notifier, message_id_of
 
 LOG = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class OutboxSender:
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> bool:
-        """End after the notification that is being sent. Returns whether it ended in ``timeout`` seconds.
+        """End after the notifications that are being sent. Returns whether it ended in ``timeout`` seconds.
 
         What is left in the outbox is sent after the next start.
         """
@@ -145,17 +145,21 @@ class OutboxSender:
         """Whether there may be more. Rows that arrived are deleted also when a later one fails."""
         rows = self._outbox.peek(BATCH)
         sent: list[int] = []
+
+        def arrived(index: int) -> None:
+            self._told(rows[index].event_type)
+            sent.append(rows[index].seq)
+
         try:
-            for row in rows:
-                if self._stopping.is_set():
-                    break
-                message_id = message_id_of(self._journal_id, row.seq)
-                self._send(message_id, row.event_type, row.priority, row.payload, row.created_at)
-                sent.append(row.seq)
+            self._notifier.send([self._message(row) for row in rows], arrived)
         finally:
             if sent:
                 self._outbox.delete(sent)
         return len(rows) == BATCH
+
+    def _message(self, row: Row) -> Message:
+        message_id = message_id_of(self._journal_id, row.seq)
+        return Message(message_id, row.event_type, row.priority, row.payload, row.created_at)
 
     def _send_host_state(self) -> None:
         if self._host_state is None or time.monotonic() < self._host_state_due:
@@ -168,12 +172,12 @@ class OutboxSender:
             LOG.exception("the state of this host cannot be told")
             self._host_state_due = due
             return
-        self._send(message_id_of(self._journal_id, time.time_ns()), HOST_STATE, "INFO", payload, now)
+        message = Message(message_id_of(self._journal_id, time.time_ns()), HOST_STATE, "INFO", payload, now)
+        self._notifier.send([message], lambda index: self._told(HOST_STATE))
         # Only now: until one has arrived the next attempt makes a fresh one, and is what finds that the broker is back.
         self._host_state_due = due
 
-    def _send(self, message_id: str, event_type: str, priority: str, payload: dict[str, Any], at: float) -> None:
-        self._notifier.send(message_id, event_type, priority, payload, at)
+    def _told(self, event_type: str) -> None:
         self._tell(None)
         if self._on_sent is not None:
             self._on_sent(event_type)

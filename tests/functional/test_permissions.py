@@ -19,7 +19,7 @@ from compute_worker.objects import Capacity, HostState
 from compute_worker.rpc.client import ComputeAPI
 from compute_worker.rpc.discovery import find_hosts
 from compute_worker.rpc.transport import get_transport, set_defaults
-from compute_worker.telemetry.notifications import MessagingNotifier
+from compute_worker.telemetry.notifications import Message, MessagingNotifier
 from tests.lab.rabbit import Rabbit, User
 from tests.rpc.hosts import UUID, Host
 
@@ -93,7 +93,7 @@ def test_it_is_enough_for_the_work_of_workers_and_callers(
             assert two.notebook.arguments("start_instance")[0]["instance"] == UUID.format(2)
         sending = oslo_messaging.get_notification_transport(cfg.CONF, url=as_one._driver._url)
         notifier = MessagingNotifier(sending, "perm1", "compute_notifications")
-        notifier.send("m", "host.state", "INFO", {}, 0.0)
+        notifier.send([Message("m", "host.state", "INFO", {}, 0.0)], lambda index: None)
         notifier.close()
     with kombu.Connection(rabbit.url(users["caller"]).replace("rabbit://", "amqp://")) as connection:
         assert connection.default_channel.basic_get("compute_notifications.info", no_ack=True) is not None

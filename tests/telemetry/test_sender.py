@@ -17,7 +17,14 @@ from compute_worker.objects import Capacity, HostState
 from compute_worker.operations.database import Database
 from compute_worker.operations.outbox import Outbox
 from compute_worker.operations.schema import SCHEMA
-from compute_worker.telemetry.notifications import HostStatePayload, MessagingNotifier, Payload, message_id_of
+from compute_worker.telemetry.notifications import (
+    HostStatePayload,
+    Message,
+    MessagingNotifier,
+    Payload,
+    message_id_of,
+    sealed,
+)
 from compute_worker.telemetry.sender import BATCH, OutboxSender
 from tests.waiting import wait_for
 
@@ -33,14 +40,16 @@ class Recorder:
     attempts: int = 0
     closed: bool = False
 
-    def send(self, message_id: str, event_type: str, priority: str, payload: dict[str, Any], timestamp: float) -> None:
-        self.attempts += 1
-        how = self.fail(self.attempts)
-        if how == "before":
-            raise ConnectionError("broker is down")
-        self.sent.append((message_id, event_type, priority, payload))
-        if how == "after":
-            raise TimeoutError("no confirmation")
+    def send(self, messages: Sequence[Message], arrived: Callable[[int], None]) -> None:
+        for index, message in enumerate(messages):
+            self.attempts += 1
+            how = self.fail(self.attempts)
+            if how == "before":
+                raise ConnectionError("broker is down")
+            self.sent.append(message[:4])
+            if how == "after":
+                raise TimeoutError("no confirmation")
+            arrived(index)
 
     def close(self) -> None:
         self.closed = True
@@ -203,6 +212,35 @@ def test_through_oslo_messaging_in_one_process(outbox: Outbox, running: Callable
     assert payload["instance"] == INSTANCE
 
 
+def test_several_in_one_process_come_one_by_one(outbox: Outbox, running: Callable[..., OutboxSender]) -> None:
+    """Where there is no RabbitMQ nothing is sent together."""
+    got, listener, transport = listen("kombu+memory://")
+    add(outbox, [f"instance.build.{n}" for n in range(7)])
+    sender = running(outbox, MessagingNotifier(transport, "node1", "cw_test"), "j")
+    try:
+        wait_for(lambda: len(got) == 7, what="the notifications at a listener")
+    finally:
+        listener.stop()
+        listener.wait()
+        sender.stop()
+    assert [event for _, event, _, _ in got] == [f"instance.build.{n}" for n in range(7)]
+
+
+def test_a_sealed_notification_is_what_oslo_messaging_makes() -> None:
+    from oslo_messaging._drivers import amqp, common
+
+    body = {"message_id": "m", "payload": {"a": [1, 2.5, None, "\u00e9"]}, "priority": "INFO"}
+    theirs = dict(body)
+    amqp._add_unique_id(theirs)
+    amqp.pack_context(theirs, {})
+    envelope = common.serialize_msg(theirs)
+    ours = msgspec.json.decode(sealed(body))
+    assert ours.keys() == envelope.keys() and ours["oslo.version"] == envelope["oslo.version"]
+    inner, expected = msgspec.json.decode(ours["oslo.message"]), msgspec.json.decode(envelope["oslo.message"])
+    assert len(inner.pop("_unique_id")) == len(expected.pop("_unique_id"))
+    assert inner == expected
+
+
 def test_a_broker_that_is_not_there_is_an_error_soon() -> None:
     import oslo_messaging
 
@@ -213,7 +251,7 @@ def test_a_broker_that_is_not_there_is_an_error_soon() -> None:
 
     def attempt() -> None:
         try:
-            notifier.send("m", "instance.build.start", "INFO", {}, 0.0)
+            notifier.send([Message("m", "instance.build.start", "INFO", {}, 0.0)], lambda index: None)
         except Exception as exc:
             failed.append(exc)
 
