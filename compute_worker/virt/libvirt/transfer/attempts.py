@@ -14,7 +14,7 @@ from compute_worker.objects import Migration
 from compute_worker.virt.driver import Job, Peer
 from compute_worker.virt.libvirt.transfer import tls
 from compute_worker.virt.libvirt.transfer.base import Shipment
-from compute_worker.virt.libvirt.transfer.nbd import ConnectionLost, NbdError, RequestFailed, Tls
+from compute_worker.virt.libvirt.transfer.nbd import ConnectionLost, NbdError, RequestFailed, SourceFailed, Tls
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ATTEMPTS = 4
@@ -57,11 +57,14 @@ class Attempts:
 
         :raises DiskFull: no room at the destination.
         :raises MigrationFailed: the other end is not who it should be, or too many connections were lost.
+        :raises SourceFailed: the disk cannot be read here.
         """
         attempt = Attempt()
         try:
             yield attempt
             attempt.ended = True
+        except SourceFailed:
+            raise
         except ConnectionLost as exc:
             self._lost(there, exc)
         except (NbdError, errors.DiskFull) as exc:

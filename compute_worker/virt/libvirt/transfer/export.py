@@ -80,14 +80,15 @@ class Export:
         self._started = threading.Event()
         self._stop = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._problem = ""
+        self.problem = ""
+        """What it said when it did not start, or ended by itself."""
         # The kernel ends a child with the *thread* that made it: so this thread lives exactly as long as the child.
         self._keeper = threading.Thread(target=self._keep, args=(listener, list(options)), name=f"nbd-{name}")
         self._keeper.daemon = True
         self._keeper.start()
         self._started.wait()
         if self._process is None:
-            raise errors.CommandFailed(command="qemu-nbd", status="not started", stderr=self._problem)
+            raise errors.CommandFailed(command="qemu-nbd", status="not started", stderr=self.problem)
 
     @property
     def alive(self) -> bool:
@@ -123,7 +124,7 @@ class Export:
                     start_new_session=True,
                 )  # fmt: skip
             except OSError as exc:
-                self._problem = str(exc.strerror)
+                self.problem = str(exc.strerror)
                 return
             finally:
                 listener.close()
@@ -131,8 +132,9 @@ class Export:
             self._watch(self._process)
             if self._process.returncode > 0:
                 said.seek(0)
-                lines = said.read(65_536).decode(errors="replace").strip().splitlines()
-                LOG.warning("qemu-nbd for %s ended with status %d: %s", self.name, self._process.returncode, lines[-1:])
+                lines = said.read(65_536).decode(errors="replace").strip().splitlines() or ["no reason given"]
+                self.problem = lines[-1][-500:]
+                LOG.warning("qemu-nbd for %s ended with %d: %s", self.name, self._process.returncode, self.problem)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         while not self._stop.is_set():

@@ -49,6 +49,10 @@ class WrongPeer(NbdError):
     """TLS failed: the other end is not who it should be, or does not believe that we are."""
 
 
+class SourceFailed(NbdError):
+    """The disk cannot be read on this host: the destination has nothing to do with it."""
+
+
 class RequestFailed(NbdError):
     """The server could not do what was asked. ``errno``: why (NBD's numbers are Linux's)."""
 
