@@ -146,17 +146,17 @@ def test_cancelled_in_the_middle_of_a_disk(world: TwoHosts, transfer: dict[str, 
     world.restart(world.a)
     instance, _, parts = begin(world)
     job = RecordingJob()
-    run(parts[:2], job)
+    run(parts[:3], job)
     disk = world.instances / f"{instance.uuid}_resize" / "disk"
     with open(disk, "ab") as file:
         file.write(os.urandom(20 << 20))
-    thread, raised = in_thread(parts[2].do, job)
+    thread, raised = in_thread(parts[3].do, job)
     wait_for(lambda: [r for r in job.reports if r[0] == "send_disk" and r[1]], 30, "bytes on the way")
     job.cancel()
     thread.join(10)
     assert not thread.is_alive() and isinstance(raised[0], errors.Cancelled)
     os.truncate(disk, disk.stat().st_size - (20 << 20))
-    undo(parts[:3], RecordingJob())
+    undo(parts[:4], RecordingJob())
     for host, name in itertools.product((world.a, world.b), ("qemu-nbd", "rsync", "ssh")):
         wait_for(lambda h=host, n=name: world.processes(h, n) == [], 10, f"the end of {name} on {host}")
     assert_nothing(world, world.b, instance.uuid)

@@ -131,7 +131,7 @@ class ColdMoveContract(_Moves):
             self._arrive(world, msgspec.structs.replace(instance, flavor=small), migration, told)
 
     @pytest.mark.parametrize("times", [1, 2])
-    @pytest.mark.parametrize("done", [1, 2, 3, 4, 99])
+    @pytest.mark.parametrize("done", [1, 2, 3, 4, 5, 99])
     def test_undone_at_the_source_it_is_as_before(self, world: World, done: int, times: int) -> None:
         instance, _, parts = self._begin(world)
         before = world.files(world.a, instance.uuid)
@@ -139,7 +139,8 @@ class ColdMoveContract(_Moves):
         undo(parts[: done + 1], RecordingJob(), times)
         assert_nothing(world, world.b, instance.uuid)
         assert world.files(world.a, instance.uuid) == before
-        assert world.power(world.a, instance.uuid) == "shutdown"
+        shut = "power_off" in [part.name for part in parts[:done]]
+        assert world.power(world.a, instance.uuid) == ("shutdown" if shut else "running")
         world.driver(world.a).power_on(instance, RecordingJob())
         assert world.power(world.a, instance.uuid) == "running"
         if world.guest_writes_disk:

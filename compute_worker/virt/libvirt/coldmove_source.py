@@ -1,7 +1,8 @@
 """Cold moves, the source's side: ask the destination, shut down, set aside, send; drop the copy, or bring it back.
 
-Whatever can refuse is asked while the guest still runs. From the rename to ``<uuid>_resize`` on the source's files are
-only read, until the move is confirmed or the same rename backwards undoes it.
+Whatever can refuse is asked while the guest still runs, and what its disks hold then is sent then. From the rename to
+``<uuid>_resize`` on the source's files are only read, until the move is confirmed or the same rename backwards undoes
+it.
 """
 
 from __future__ import annotations
@@ -16,49 +17,55 @@ import msgspec
 
 from compute_worker import errors, objects
 from compute_worker.images import files
-from compute_worker.objects import DiskInfo, Instance, Migration
-from compute_worker.states import PowerState, ran_before
+from compute_worker.objects import Disk, DiskInfo, Instance, Migration
+from compute_worker.states import PowerState
 from compute_worker.virt.driver import Job, Part, Peer
+from compute_worker.virt.libvirt.coldmove_verdict import forget_precopy, is_copy
 from compute_worker.virt.libvirt.deeds import OFF, Deeds
 from compute_worker.virt.libvirt.disks.bases import PREFIX, MovingBases, Standing
 from compute_worker.virt.libvirt.disks.builder import ROOT
 from compute_worker.virt.libvirt.disks.grow import Grower
-from compute_worker.virt.libvirt.disks.instance_dir import DELETED, RESIZE
+from compute_worker.virt.libvirt.disks.instance_dir import RESIZE
 from compute_worker.virt.libvirt.power import Power
 from compute_worker.virt.libvirt.spawn import make_part
 from compute_worker.virt.libvirt.transfer import base as transports
-from compute_worker.virt.libvirt.transfer import verify
-from compute_worker.virt.libvirt.transfer.arrivals import Arrivals
+from compute_worker.virt.libvirt.transfer import plan, verify
 from compute_worker.virt.libvirt.transfer.base import SHARED, DiskTransport, Shipment
+from compute_worker.virt.libvirt.transfer.precopy import Precopy
 
 
 class ColdMoveSource:
     """Moves that begin here. Thread-safe for different instances."""
 
-    def __init__(self, deeds: Deeds, power: Power) -> None:
+    def __init__(self, deeds: Deeds, power: Power, warm: Precopy) -> None:
         self._deeds = deeds
         self._power = power
         self._directory = deeds.disks.directory
         self._bases = MovingBases(deeds.disks)
         self._grower = Grower(deeds.disks)
-        self._arrivals = Arrivals(deeds.disks.directory)
+        self._warm = warm
 
     # --- migrate_disk_and_power_off -----------------------------------------------------------------------------
 
     def parts(
         self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
     ) -> list[Part]:
-        """``power_off, set_aside, send_<disk>..., verify_copy``."""
-
-        def power_off(job: Job) -> None:
-            self._prepare(instance, migration, peer, job)
-            self._power.off(instance, job, timeout, retry_interval)
+        """``precopy, power_off, set_aside, send_<disk>..., verify_copy``."""
 
         def send(name: str) -> Part:
             return make_part(f"send_{name}", lambda job: self._send(instance, migration, name, peer, job))
 
         return [
-            make_part("power_off", power_off, lambda job: self._withdraw(instance, migration, peer, job)),
+            make_part(
+                "precopy",
+                lambda job: self._precopy(instance, migration, peer, job),
+                lambda job: self._withdraw(instance, migration, peer, job),
+            ),
+            make_part(
+                "power_off",
+                lambda job: self._power.off(instance, job, timeout, retry_interval),
+                lambda job: forget_precopy(self._deeds, self._warm, instance.uuid),
+            ),
             make_part(
                 "set_aside",
                 lambda job: self._put_aside(instance, migration, job),
@@ -75,8 +82,16 @@ class ColdMoveSource:
 
     def _where(self, uuid: str, migration: Migration) -> str:
         """The suffix that the source's own directory has now."""
-        own = self._directory.path(uuid).is_dir() and not self._is_copy(uuid, migration)
+        own = self._directory.path(uuid).is_dir() and not is_copy(self._directory, uuid, migration)
         return "" if own or not self._directory.path(uuid, RESIZE).is_dir() else RESIZE
+
+    def _precopy(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> Mapping[str, Any] | None:
+        """The destination is ready, and has what the disks of a running guest hold, where that can be sent."""
+        self._prepare(instance, migration, peer, job)
+        info = self._deeds.disks.disk_info(instance.uuid)
+        if info is None:
+            return None
+        return self._warm.run(self._deeds.guest(instance.uuid), migration, info, peer, job)
 
     def _prepare(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> None:
         """Whether it can work at all, asked while the guest runs; bases that the destination lacks are sent.
@@ -136,8 +151,8 @@ class ColdMoveSource:
         return transports.choose(settings, migration, peer, job)
 
     def _withdraw(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> None:
-        """What the destination has of it goes. A destination that does not answer cleans up by itself, and must not
-        keep the guest off."""
+        """What the destination has of it goes. A destination that does not answer cleans up by itself."""
+        forget_precopy(self._deeds, self._warm, instance.uuid)
         if _is_local(migration):
             return
         try:
@@ -148,7 +163,7 @@ class ColdMoveSource:
     def _put_aside(self, instance: Instance, migration: Migration, job: Job) -> None:
         uuid = instance.uuid
         here, aside = self._directory.path(uuid), self._directory.path(uuid, RESIZE)
-        if aside.is_dir() and (not here.is_dir() or self._is_copy(uuid, migration)):
+        if aside.is_dir() and (not here.is_dir() or is_copy(self._directory, uuid, migration)):
             return
         if self._deeds.power(uuid) not in OFF:
             raise errors.InvalidState(instance=uuid, command="set aside", attribute="power_state", state="running")
@@ -164,33 +179,45 @@ class ColdMoveSource:
         uuid = instance.uuid
         here, aside = self._directory.path(uuid), self._directory.path(uuid, RESIZE)
         if aside.is_dir():
-            if self._is_copy(uuid, migration):
+            if is_copy(self._directory, uuid, migration):
                 self._directory.remove(uuid)
             with suppress(OSError):
                 # A copy that did not get as far as its mark.
                 os.rmdir(here)
             self._directory.move(uuid, RESIZE, "")
+        forget_precopy(self._deeds, self._warm, uuid)
         if self._directory.read_disk_info(uuid) is not None:
             try:
                 self._deeds.define(instance, job)
             except errors.Broken as exc:
                 job.explain(f"its files are back; it is defined when it is started, as libvirt refused it now: {exc}")
 
-    def _is_copy(self, uuid: str, migration: Migration) -> bool:
-        """Whether ``<uuid>`` is what the migration makes, here or on storage that both hosts see."""
-        marked = self._directory.arrival(uuid, migration.uuid) is not None
-        return marked or self._arrivals.owner(uuid) == migration.uuid
-
     def _send(self, instance: Instance, migration: Migration, name: str, peer: Peer, job: Job) -> None:
         info = self._need_aside(instance.uuid)
-        transport = self._transport(migration, peer, job)
-        peer({"ask": "sending", "disks": [disk.name for disk in info.disks], "sending": self._state(instance, info)})
-        transport.send(self._shipment(instance, migration, info, name), peer, job)
-
-    def _shipment(self, instance: Instance, migration: Migration, info: DiskInfo, name: str) -> Shipment:
+        whole = [disk.name for disk in info.disks if not self._was_sent(instance.uuid, disk.name)]
+        peer({"ask": "sending", "disks": whole, "sending": self._state(instance.uuid)})
         disk = next(disk for disk in info.disks if disk.name == name)
-        source = self._directory.path(instance.uuid, RESIZE) / name
-        return Shipment(instance.uuid, migration, name, source, disk.format)
+        shipment = self._shipment(instance, migration, disk)
+        if name not in whole and self._sent_rest(shipment, disk, peer, job):
+            return
+        self._transport(migration, peer, job).send(shipment, peer, job)
+
+    def _shipment(self, instance: Instance, migration: Migration, disk: Disk) -> Shipment:
+        source = self._directory.path(instance.uuid, RESIZE) / disk.name
+        return Shipment(instance.uuid, migration, disk.name, source, disk.format)
+
+    def _was_sent(self, uuid: str, name: str) -> bool:
+        """Whether what the disk held while the guest ran has been sent."""
+        return plan.read(self._directory.path(uuid, RESIZE), name) is not None
+
+    def _sent_rest(self, shipment: Shipment, disk: Disk, peer: Peer, job: Job) -> bool:
+        """Whether the destination has the disk by what was written since."""
+        done, why = self._warm.send_rest(shipment, disk, peer, job)
+        job.explain(f"{disk.name}: {why}")
+        if not done:
+            with files.disk_errors(shipment.source):
+                plan.path_of(shipment.source.parent, disk.name).unlink(missing_ok=True)
+        return done
 
     def _need_aside(self, uuid: str) -> DiskInfo:
         info = self._deeds.disks.disk_info(uuid, RESIZE)
@@ -198,69 +225,24 @@ class ColdMoveSource:
             raise errors.GuestFailed(instance=uuid, reason=f"{self._directory.path(uuid, RESIZE)} is missing")
         return info
 
-    def _state(self, instance: Instance, info: DiskInfo) -> str:
-        """Changes when a guest that was taken back wrote to its disks: nothing of before may then be built upon."""
-        found = []
-        for disk in info.disks:
-            status = (self._directory.path(instance.uuid, RESIZE) / disk.name).stat()
-            found.append((disk.name, status.st_size, status.st_mtime_ns))
-        return hashlib.sha256(repr(found).encode()).hexdigest()
+    def _state(self, uuid: str) -> str:
+        """Another one whenever the disks were set aside anew: a guest that was taken back has written to them, and
+        nothing of before may be built upon."""
+        record = self._directory.path(uuid, RESIZE) / "instance.json"
+        with files.disk_errors(record):
+            written = record.stat()
+        return hashlib.sha256(f"{written.st_ino} {written.st_mtime_ns}".encode()).hexdigest()
 
     def _verify(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> Mapping[str, Any]:
         """Once more all of them together; a full comparison was made, where it is wanted, when each had arrived."""
         info = self._need_aside(instance.uuid)
         for disk in info.disks:
-            verify.compare(self._shipment(instance, migration, info, disk.name), peer, job, full=False)
+            shipment = self._shipment(instance, migration, disk)
+            if not self._was_sent(instance.uuid, disk.name):
+                verify.compare(shipment, peer, job, full=False)
+            elif not self._sent_rest(shipment, disk, peer, job):
+                raise errors.MigrationFailed(migration=migration.uuid, reason=f"{disk.name} did not arrive whole")
         return {"disk_info": objects.encode(info)}
-
-    # --- confirm and revert -------------------------------------------------------------------------------------
-
-    def confirm(self, instance: Instance, migration: Migration, job: Job) -> None:
-        """What the migration left set aside here goes; a copy that another migration set aside since stays."""
-        uuid = instance.uuid
-        self._directory.remove(uuid, DELETED)
-        try:
-            record = self._directory.read_record(uuid, RESIZE)
-        except errors.Broken:
-            record = None
-        if record is not None and record.migration not in (None, migration.uuid):
-            job.explain(f"the copy set aside is of migration {record.migration}: it stays")
-            return
-        self._directory.remove(uuid, RESIZE)
-
-    def revert_parts(self, instance: Instance, migration: Migration) -> list[Part]:
-        """``restore_files, plug_vifs, define, start_paused``."""
-        deeds, uuid = self._deeds, instance.uuid
-
-        def start(job: Job) -> None:
-            if ran_before(instance.vm_state, instance.power_state):
-                deeds.start_paused(uuid, job)
-
-        return [
-            make_part(
-                "restore_files",
-                lambda job: self._restore(instance, job),
-                lambda job: self._unrestore(instance, migration),
-            ),
-            make_part("plug_vifs", lambda job: deeds.plug_vifs(instance, job)),
-            make_part("define", lambda job: deeds.define(instance, job), lambda job: deeds.undefine(uuid)),
-            make_part("start_paused", start, lambda job: deeds.kill(uuid)),
-        ]
-
-    def _restore(self, instance: Instance, job: Job) -> None:
-        uuid = instance.uuid
-        here, aside = self._directory.path(uuid), self._directory.path(uuid, RESIZE)
-        if os.path.lexists(here) and os.path.lexists(aside):
-            raise errors.GuestFailed(instance=uuid, reason=f"{here} is in the way of the copy set aside, {aside}")
-        self._directory.move(uuid, RESIZE, "")
-        self._deeds.need_disk_info(uuid)
-        self._deeds.disks.restore_bases(instance, job)
-        self._directory.write_record(instance)
-
-    def _unrestore(self, instance: Instance, migration: Migration) -> None:
-        uuid = instance.uuid
-        if not self._directory.path(uuid, RESIZE).exists() and not self._is_copy(uuid, migration):
-            self._directory.move(uuid, "", RESIZE)
 
 
 def _is_local(migration: Migration) -> bool:

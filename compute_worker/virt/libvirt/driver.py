@@ -30,6 +30,7 @@ from compute_worker.virt.driver import (
 from compute_worker.virt.libvirt.accounts import blocked_at, groups_of, guest_user
 from compute_worker.virt.libvirt.coldmove_destination import ColdMoveDestination
 from compute_worker.virt.libvirt.coldmove_source import ColdMoveSource
+from compute_worker.virt.libvirt.coldmove_verdict import ColdMoveVerdict
 from compute_worker.virt.libvirt.console import Console
 from compute_worker.virt.libvirt.deeds import Deeds
 from compute_worker.virt.libvirt.disks import process
@@ -43,6 +44,7 @@ from compute_worker.virt.libvirt.later import Unsupported
 from compute_worker.virt.libvirt.power import Power
 from compute_worker.virt.libvirt.resources import Resources, can_direct_io
 from compute_worker.virt.libvirt.spawn import Spawner
+from compute_worker.virt.libvirt.transfer.precopy import Precopy
 from compute_worker.virt.libvirt.transfer.receiver import Receiver
 
 LOG = logging.getLogger(__name__)
@@ -71,7 +73,9 @@ class LibvirtDriver(Unsupported):
         self._receiver = Receiver(settings, self._deeds.disks.directory)
         self._spawner = Spawner(self._deeds, self._console, self._receiver.abandon)
         self._power = Power(self._deeds)
-        self._source = ColdMoveSource(self._deeds, self._power)
+        warm = Precopy(settings, self._deeds.disks.directory, self._deeds.disks.qemu_img)
+        self._source = ColdMoveSource(self._deeds, self._power, warm)
+        self._verdict = ColdMoveVerdict(self._deeds, warm)
         self._destination = ColdMoveDestination(self._deeds, self._receiver)
         self._resources = Resources(self._host, Path(settings.instances_path))
         self._listeners: tuple[Callable[[DriverEvent], None], ...] = ()
@@ -280,11 +284,11 @@ class LibvirtDriver(Unsupported):
     def migrate_disk_and_power_off(
         self, instance: Instance, migration: Migration, timeout: float, retry_interval: float, peer: Peer
     ) -> list[Part]:
-        """``power_off, set_aside, send_<disk>..., verify_copy``."""
+        """``precopy, power_off, set_aside, send_<disk>..., verify_copy``."""
         return self._source.parts(instance, migration, timeout, retry_interval, peer)
 
     def answer_peer(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Asked by the source's ``power_off`` and ``send_<disk>``."""
+        """Asked by the source's ``precopy``, ``send_<disk>`` and ``verify_copy``."""
         return self._destination.answer(instance, migration, request)
 
     def finish_migration(self, instance: Instance, migration: Migration, disk_info: DiskInfo) -> list[Part]:
@@ -293,7 +297,7 @@ class LibvirtDriver(Unsupported):
 
     def confirm_migration(self, instance: Instance, migration: Migration, job: Job) -> None:
         """Files alone: the guest that runs here now is left as it is."""
-        self._source.confirm(instance, migration, job)
+        self._verdict.confirm(instance, migration, job)
 
     def set_aside(self, instance: Instance, migration: Migration) -> list[Part]:
         """``set_aside``."""
@@ -301,7 +305,7 @@ class LibvirtDriver(Unsupported):
 
     def finish_revert_migration(self, instance: Instance, migration: Migration) -> list[Part]:
         """``restore_files, plug_vifs, define, start_paused``."""
-        return self._source.revert_parts(instance, migration)
+        return self._verdict.revert_parts(instance, migration)
 
     # --- statistics ---------------------------------------------------------------------------------------------
 

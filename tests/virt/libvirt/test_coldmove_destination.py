@@ -77,11 +77,11 @@ def test_messages_of_an_earlier_attempt_do_no_harm(move_world: Make) -> None:
     world = move_world()
     instance, migration = begin(world)
     second = msgspec.structs.replace(migration, attempt=2)
-    run(parts_of(world, instance, migration)[:3], RecordingJob())
+    run(parts_of(world, instance, migration)[:4], RecordingJob())
     disk = world.path(world.b, instance.uuid) / "disk"
     good = disk.read_bytes()
     disk.write_bytes(good[:-1] + b"?")
-    run(parts_of(world, instance, second)[:3], RecordingJob())
+    run(parts_of(world, instance, second)[:4], RecordingJob())
     assert disk.read_bytes() == good, "what an earlier attempt sent is not built upon"
     for late in (
         {"ask": "prepare", "disk_info": {}}, {"ask": "sending", "disks": [], "sending": "0" * 64},

@@ -141,14 +141,14 @@ def test_a_guest_that_runs_is_not_set_aside(move_world: Make) -> None:
     world = move_world()
     instance, migration = begin(world)
     with pytest.raises(errors.InvalidState):
-        parts_of(world, instance, migration)[1].do(RecordingJob())
+        parts_of(world, instance, migration)[2].do(RecordingJob())
     assert world.power(world.a, instance.uuid) == "running"
 
 
 def test_what_is_set_aside_says_by_what(move_world: Make) -> None:
     world = move_world()
     instance, migration = begin(world)
-    run(parts_of(world, instance, migration)[:2], RecordingJob())
+    run(parts_of(world, instance, migration)[:3], RecordingJob())
     record = world.driver(world.a)._deeds.disks.directory.read_record(instance.uuid, "_resize")
     assert record is not None and (record.migration, record.host) == (migration.uuid, world.a)
 
@@ -158,7 +158,7 @@ def test_disks_are_on_the_disk_before_they_are_set_aside(move_world: Make, monke
     world = move_world()
     instance, migration = begin(world)
     parts = parts_of(world, instance, migration)
-    parts[0].do(RecordingJob())
+    run(parts[:2], RecordingJob())
     order: list[str] = []
     fsync, rename = files.fsync, os.rename
 
@@ -172,7 +172,7 @@ def test_disks_are_on_the_disk_before_they_are_set_aside(move_world: Make, monke
 
     monkeypatch.setattr(files, "fsync", recorded)
     monkeypatch.setattr(os, "rename", renamed)
-    parts[1].do(RecordingJob())
+    parts[2].do(RecordingJob())
     moved = order.index(f"-> {instance.uuid}_resize")
     assert {"disk", "disk.eph0", "disk.swap"} <= set(order[:moved])
     assert "instances" in order[moved:]
@@ -183,12 +183,12 @@ def test_a_death_between_undefining_and_renaming(move_world: Make, monkeypatch: 
     instance, migration = begin(world)
     before = world.files(world.a, instance.uuid)
     parts = parts_of(world, instance, migration)
-    parts[0].do(RecordingJob())
+    run(parts[:2], RecordingJob())
     world.driver(world.a)._deeds.undefine(instance.uuid)
-    undo(parts[:2], RecordingJob())
+    undo(parts[:3], RecordingJob())
     assert (world.files(world.a, instance.uuid), world.power(world.a, instance.uuid)) == (before, "shutdown")
     world.driver(world.a)._deeds.undefine(instance.uuid)
-    run(parts[1:2], RecordingJob())
+    run(parts[2:3], RecordingJob())
     assert {name.split("/")[0] for name in world.files(world.a, instance.uuid)} == {f"{instance.uuid}_resize"}
 
 
@@ -199,12 +199,12 @@ def test_a_death_while_the_copy_on_the_same_host_is_made(move_world: Make, began
     instance, migration = begin(world, {"dest_host": world.a})
     before = world.files(world.a, instance.uuid)
     parts = parts_of(world, instance, migration)
-    run(parts[:2], RecordingJob())
+    run(parts[:3], RecordingJob())
     if began:
         world.driver(world.a).answer_peer(instance, migration, {"ask": "begin"})
     else:
         world.path(world.a, instance.uuid).mkdir()
-    undo(parts[:3], RecordingJob())
+    undo(parts[:4], RecordingJob())
     assert (world.files(world.a, instance.uuid), world.power(world.a, instance.uuid)) == (before, "shutdown")
 
 
@@ -219,8 +219,8 @@ def test_the_machine_type_comes_back_and_travels(move_world: Make) -> None:
     driver._host.define(defined.to_xml())
     driver._deeds.define(instance, RecordingJob())
     parts = parts_of(world, instance, migration)
-    run(parts[:2], RecordingJob())
-    undo(parts[:2], RecordingJob())
+    run(parts[:3], RecordingJob())
+    undo(parts[:3], RecordingJob())
     assert driver._deeds.machine(instance.uuid) == "xenpv"
     there = arrive(world, instance, migration, run(parts, RecordingJob()))
     assert world.driver(world.b)._deeds.machine(there.uuid) == "xenpv"
@@ -232,14 +232,14 @@ def test_libvirt_that_refuses_the_definition_does_not_keep_the_files(
     world = move_world()
     instance, migration = begin(world)
     parts, job = parts_of(world, instance, migration), RecordingJob()
-    run(parts[:2], job)
+    run(parts[:3], job)
 
     def refuse(*args: object) -> None:
         raise errors.GuestFailed(instance=instance.uuid, reason="no such emulator")
 
     with monkeypatch.context() as patch:
         patch.setattr(world.driver(world.a)._deeds, "define", refuse)
-        undo(parts[:2], job)
+        undo(parts[:3], job)
     assert world.path(world.a, instance.uuid).is_dir()
     assert any("defined when it is started" in reason for reason in job.reasons)
     world.driver(world.a).power_on(instance, job)
@@ -300,8 +300,8 @@ def test_undone_after_bases_were_sent_nothing_is_left(move_world: Make) -> None:
     instance, migration = begin(world)
     (world.root / "images" / "tiny").unlink()
     parts = parts_of(world, instance, migration)
-    run(parts[:4], RecordingJob())
-    undo(parts[:4], RecordingJob(), 2)
+    run(parts[:5], RecordingJob())
+    undo(parts[:5], RecordingJob(), 2)
     assert_nothing(world, world.b, instance.uuid)
 
 
@@ -384,7 +384,7 @@ def test_a_delete_leaves_nothing_on_either_host(move_world: Make, stage: str) ->
     instance, migration = begin(world)
     parts = parts_of(world, instance, migration)
     if stage == "while copying":
-        run(parts[:3], RecordingJob())
+        run(parts[:4], RecordingJob())
         ask = peer(world, instance, migration)
         ask({"ask": "open", "name": "disk.swap", "size": 1 << 20, "window": 1 << 20})
         assert world.listening(world.b)
@@ -403,10 +403,10 @@ def test_a_migration_of_a_guest_that_was_never_made(move_world: Make) -> None:
     instance = world.new_instance(world.a)
     migration = migration_of(world, instance)
     parts = parts_of(world, instance, migration)
-    assert [part.name for part in parts] == ["power_off", "set_aside", "send_disk", "verify_copy"]
+    assert [part.name for part in parts] == ["precopy", "power_off", "set_aside", "send_disk", "verify_copy"]
     with pytest.raises(errors.GuestFailed):
         parts[0].do(RecordingJob())
-    for part in parts[1:]:
+    for part in parts[2:]:
         with pytest.raises(errors.GuestFailed):
             part.do(RecordingJob())
     undo(parts, RecordingJob())
