@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compute_worker import errors
+from compute_worker.ctl.chain import Chain, Follower
 from compute_worker.ctl.connect import Client
 from compute_worker.ctl.exits import Exit
 from compute_worker.ctl.find import Found, find_instance, is_uuid
@@ -56,10 +57,13 @@ class Ctl:
             "check_only": self.args.check_only,
         }
 
-    def send(self, host: str, send: Send, options: CommandOptions, again: str = "") -> Accepted:
+    def send(
+        self, host: str, send: Send, options: CommandOptions, again: str = "", to_option: str = "--host"
+    ) -> Accepted:
         """Send a command, to wherever its instance is. No answer: once more, which does nothing twice.
 
         :param again: what else the command line needs so that it is the same command when an operator repeats it.
+        :param to_option: how the command line names the host.
         :raises PeerUnavailable: no answer; says how to repeat it.
         """
         hops = attempts = 0
@@ -77,7 +81,7 @@ class Ctl:
                 if attempts >= ATTEMPTS:
                     raise errors.PeerUnavailable(
                         f"{exc.message}; whether the command was accepted is not known: repeat it with"
-                        f" --host {host} --operation {options['operation']}{again}, and it is done once",
+                        f" {to_option} {host} --operation {options['operation']}{again}, and it is done once",
                         host=host,
                     ) from None
 
@@ -91,6 +95,26 @@ class Ctl:
         code = Exit.OK if ended is None or ended.state is OperationState.DONE else Exit.FAILED
         if self.out.as_json:
             self.out.document({"accepted": accepted, "operation": ended, **also()})
+        else:
+            self._say(accepted, ended, about, code)
+        return code
+
+    def finish_chain(
+        self, accepted: Accepted, about: str, chain: Chain, also: Callable[[], dict[str, Any]] = dict
+    ) -> Exit:
+        """:meth:`finish` for a command that runs on several hosts under one uuid: each host's part is shown."""
+        if accepted.operation is None or not self.args.wait:
+            return self.finish(accepted, about, also)
+        with self.out.following(about, by_host=True) as following:
+            follower = Follower(self.client.api, chain, following)
+            ended = follower.until_end(self.args.timeout)
+            late = follower.until_witnessed()
+        for host in late:
+            self.out.note(f"host {host} has not recorded it yet: it does so by itself")
+        code = Exit.OK if ended.state is OperationState.DONE else Exit.FAILED
+        if self.out.as_json:
+            parts = list(follower.view.parts.values())
+            self.out.document({"accepted": accepted, "operation": ended, "operations": parts, **also()})
         else:
             self._say(accepted, ended, about, code)
         return code

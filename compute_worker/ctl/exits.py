@@ -84,6 +84,8 @@ _ADVICE: Mapping[type[BaseException], str] = {
     errors.MessageUndeliverable: "see `{program} hosts` for the hosts that answer",
     errors.PeerUnavailable: "is the broker reachable, and does compute-worker run there? (`{program} hosts`)",
     errors.HypervisorUnavailable: "the worker lives and its hypervisor does not: look at libvirtd on that host",
+    errors.MigrationNotFinished: "see `{program} migrations --all`",
+    errors.MigrationNotFound: "see `{program} migrations --all`",
     errors.InvalidState: "see `{program} show {instance}`",
     errors.ImageNotFound: "is it in the store that [images] store names on that host?",
     errors.ImageUnacceptable: "say what the image really is with --disk-format, or use another image",

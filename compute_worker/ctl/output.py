@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -101,18 +101,21 @@ class Output:
         self.stderr.write(f"{program}: {safe(error)}\n" + (f"  {safe(hint)}\n" if hint else ""))
         self.stderr.flush()
 
-    def following(self, title: str) -> Following:
-        """Shows how far an operation is while somebody waits for it."""
-        return Following(self, title)
+    def following(self, title: str, by_host: bool = False) -> Following:
+        """Shows how far an operation is while somebody waits for it; ``by_host``: it has parts on several hosts."""
+        return Following(self, title, by_host)
 
 
 class Following:
-    """A progress bar on a terminal, a line for each new phase elsewhere, nothing with JSON."""
+    """A progress bar on a terminal, a line for each new phase elsewhere, nothing with JSON; ``by_host``: one for each
+    host."""
 
-    def __init__(self, output: Output, title: str) -> None:
+    def __init__(self, output: Output, title: str, by_host: bool = False) -> None:
         self._output = output
         self._title = safe(title)
-        self._phase = ""
+        self._by_host = by_host
+        self._phases: dict[str, str] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._bar: Progress | None = None
         if output.stderr.isatty() and not output.as_json:
             columns = (
@@ -121,7 +124,7 @@ class Following:
                 TextColumn("{task.fields[said]}", markup=False),
             )
             self._bar = Progress(*columns, TimeElapsedColumn(), console=output.notes, transient=True)
-            self._task = self._bar.add_task(self._title, total=None, said="accepted")
+            self._first = self._bar.add_task(self._title, total=None, said="accepted")
 
     def __enter__(self) -> Following:
         if self._bar is not None:
@@ -136,13 +139,21 @@ class Following:
 
     def __call__(self, operation: Operation) -> None:
         """Show where the operation is now."""
-        said = describe(operation)
+        said, host = describe(operation), operation.host if self._by_host else ""
         if self._bar is not None:
             share = fraction(operation.progress)
-            self._bar.update(self._task, total=None if share is None else 1.0, completed=share or 0.0, said=said)
-        elif operation.phase != self._phase and not operation.state.final:
-            self._output.note(f"{self._title}: {said}")
-        self._phase = operation.phase
+            total = None if share is None else 1.0
+            self._bar.update(self._task_of(self._bar, host), total=total, completed=share or 0.0, said=said)
+        elif operation.phase != self._phases.get(host) and not operation.state.final:
+            self._output.note(f"{self._title}: {f'{safe(host)}: ' if host else ''}{said}")
+        self._phases[host] = operation.phase
+
+    def _task_of(self, bar: Progress, host: str) -> TaskID:
+        if host not in self._tasks:
+            if host:
+                bar.update(self._first, said="")
+            self._tasks[host] = bar.add_task(f"  {safe(host)}", total=None, said="") if host else self._first
+        return self._tasks[host]
 
 
 def describe(operation: Operation) -> str:

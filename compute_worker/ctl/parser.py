@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compute_worker.ctl import commands, queries
+from compute_worker.ctl import commands, movelist, moves, queries
 from compute_worker.ctl.connect import URL_VARIABLE
 from compute_worker.ctl.context import Ctl
 from compute_worker.ctl.exits import MEANING, Exit
@@ -62,6 +62,37 @@ BOOT: tuple[Option, ...] = (
     opt("--uuid", metavar="UUID", help="its uuid; default: a new one"),
 )
 
+MOVE: tuple[Option, ...] = (
+    INSTANCE,
+    opt("--to", metavar="HOST", help="destination; default: the host with most free memory, the others as alternates"),
+    opt("--alternate", action="append", default=[], metavar="HOST",
+        help="asked next when the destination refuses or fails (repeatable)"),
+    opt("--clean-shutdown", action=argparse.BooleanOptionalAction, default=True,
+        help="ask the guest to shut down (default), or pull the plug"),
+)
+
+MOVES: Mapping[str, Subcommand] = {
+    "resize": Subcommand(moves.resize, "give an instance another size on another host; then confirm or revert", (
+        *MOVE,
+        opt("--flavor", required=True, metavar="VCPUS/MEMORY_MB[/ROOT_GB]", help="its new size; disks only grow"),
+        opt("--swap", type=int, metavar="MB", help="swap disk; default: as before"),
+        opt("--ephemeral", type=int, metavar="GB", help="ephemeral disks together; default: as before")), sends=True),
+    "migrate": Subcommand(moves.migrate, "move an instance, shut down meanwhile; then confirm or revert",
+                          MOVE, sends=True),
+    "confirm": Subcommand(moves.confirm, "keep a moved instance where it is; the copy at its source goes",
+                          (INSTANCE,), sends=True),
+    "revert": Subcommand(moves.revert, "give a moved instance back as it was; what it wrote since is lost",
+                         (INSTANCE,), sends=True),
+    "migrations": Subcommand(movelist.migrations, "moves of all hosts that are not closed", (
+        opt("--all", action="store_true", help="also closed ones, as long as hosts remember them"),)),
+    "take-back": Subcommand(moves.take_back, "run an instance at its source again, as its destination is off", (
+        INSTANCE,
+        opt("--destination-is-off", action="store_true",
+            help="you have made sure of it: two running copies destroy the instance")), sends=True),
+    "forget-host": Subcommand(moves.forget_host, "let no host wait any longer for one that never returns", (
+        opt("named_host", metavar="HOST", help="the one that never returns"),), sends=True),
+}
+
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "hosts": Subcommand(queries.hosts, "hosts that answer, with their resources"),
     "boot": Subcommand(commands.boot, "make an instance, where --host says or on the host with most free memory",
@@ -106,6 +137,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         opt("--tag", metavar="TEXT", help="what it is about: the vif's id"),
         opt("--status", default="completed", choices=("completed", "failed", "in-progress"), help="how it went")),
         sends=True),
+    **MOVES,
 }
 
 

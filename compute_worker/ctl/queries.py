@@ -85,10 +85,11 @@ def list_(ctl: Ctl) -> Exit:
     else:
         columns = ("uuid", "name", "host", "state", "task", "power", "flavor", "fault")
         ctl.out.table(columns, [_instance_row(i) for i in sorted(found, key=lambda i: (i.host or "", i.name, i.uuid))])
-    return _told_problems(ctl, problems)
+    return told_problems(ctl, problems)
 
 
-def _told_problems(ctl: Ctl, problems: Mapping[str, ComputeError]) -> Exit:
+def told_problems(ctl: Ctl, problems: Mapping[str, ComputeError]) -> Exit:
+    """Say who did not answer; the exit status that goes with it."""
     for problem in problems.values():
         ctl.out.note(problem.message)
     return Exit.UNREACHABLE if problems else Exit.OK
@@ -184,7 +185,7 @@ def operations(ctl: Ctl) -> Exit:
     else:
         columns = ("operation", "kind", "instance", "host", "state", "at", "accepted", "took")
         ctl.out.table(columns, [_operation_row(operation) for operation in found])
-    return _told_problems(ctl, problems)
+    return told_problems(ctl, problems)
 
 
 def _operation_row(operation: Operation) -> Sequence[object]:
