@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import subprocess
 import uuid
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ import msgspec
 from compute_worker.config import Compute, Images, Libvirt, Settings, Transfer
 from compute_worker.objects import BlockDeviceInfo, EphemeralDisk, Flavor, ImageMeta, Instance, Vif
 from compute_worker.virt.driver import ComputeDriver, SpawnRequest
+from compute_worker.virt.libvirt.disks.bases import content_digest
 from compute_worker.virt.libvirt.disks.cache import base_name
 from compute_worker.virt.libvirt.driver import LibvirtDriver
 from compute_worker.virt.libvirt.events import Lifecycle, LifecycleEvent
@@ -96,6 +99,23 @@ class LibvirtWorld:
     def console(self, host: str, uuid: str) -> str:
         path = self.instances / uuid / "console.log"
         return path.read_text(errors="replace") if path.exists() else ""
+
+    def content(self, host: str, uuid: str, name: str, suffix: str = "") -> str:
+        """Digest of what a guest would read of a qcow2 that nobody has open, and that it is sound."""
+        disk, raw = self.instances / (uuid + suffix) / name, self.instances / f"content-{uuid}"
+        subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", disk], check=True, timeout=60)
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, raw], check=True, timeout=60)
+        try:
+            return content_digest(raw, RecordingJob())
+        finally:
+            raw.unlink()
+
+    def bitmaps(self, host: str, uuid: str, name: str, suffix: str = "") -> list[str]:
+        """Bitmaps in a qcow2, also one that a guest has open."""
+        disk = self.instances / (uuid + suffix) / name
+        said = subprocess.check_output(["qemu-img", "info", "-U", "--output=json", "-f", "qcow2", disk], timeout=60)
+        found = json.loads(said).get("format-specific", {}).get("data", {}).get("bitmaps", [])
+        return [str(bitmap["name"]) for bitmap in found]
 
     def processes(self, host: str, name: str) -> list[str]:
         """Command lines of the host's processes that are called so."""

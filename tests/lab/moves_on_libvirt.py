@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from compute_worker import errors, objects
 from compute_worker.objects import DiskInfo, ImageMeta, Instance, Migration
 from compute_worker.virt.driver import Part
+from compute_worker.virt.libvirt.guest import Guest
 from tests.lab import oracle
 from tests.lab.libvirt_world import DATA, INITRD, KERNEL, lab_image
 from tests.lab.settings import IMAGES_PATH
@@ -33,6 +35,7 @@ from tests.waiting import wait_for
 NBD = {"transport": "nbd", "nbd_plaintext": True, "compare": "full", "resize_precopy": "never"}
 SSH = {"transport": "ssh", "compare": "full", "resize_precopy": "never"}
 AUTO = {"transport": "auto", "compare": "full", "resize_precopy": "never"}
+WARM = {"transport": "nbd", "nbd_plaintext": True, "compare": "full", "resize_precopy": "auto"}
 MOVES = st.sampled_from(["do", "do", "again", "undo", "restart"])
 
 
@@ -49,6 +52,12 @@ def world(transfer: dict[str, Any]) -> Iterator[TwoHosts]:
 
 
 class TestColdMove(contract_moves.ColdMoveContract):
+    """As hosts are configured unless somebody says otherwise: what a running guest has is sent first."""
+
+    @pytest.fixture
+    def transfer(self) -> dict[str, Any]:
+        return WARM
+
     @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(moves=st.lists(MOVES, min_size=4, max_size=14))
     def test_parts_in_any_order_a_crash_can_make(self, world: TwoHosts, moves: list[str]) -> None:
@@ -57,9 +66,11 @@ class TestColdMove(contract_moves.ColdMoveContract):
         )
 
 
-def begin(world: TwoHosts, image: ImageMeta | None = None, **changes: Any) -> tuple[Instance, Migration, list[Part]]:
+def begin(
+    world: TwoHosts, image: ImageMeta | None = None, cmdline: str = "quiet", **changes: Any
+) -> tuple[Instance, Migration, list[Part]]:
     """A guest that has ticked on the first host, and is to go to the second (or where ``changes`` say)."""
-    driver, instance = booted(world, **({"image": image} if image else {}))
+    driver, instance = booted(world, kernel_cmdline=cmdline, **({"image": image} if image else {}))
     world.memory(world.a, instance.uuid)
     migration = migration_of(world, instance, **changes)
     instance = moving(active(instance), migration)
@@ -162,6 +173,100 @@ def test_cancelled_in_the_middle_of_a_disk(world: TwoHosts, transfer: dict[str, 
     assert_nothing(world, world.b, instance.uuid)
     world.driver(world.a).power_on(instance, RecordingJob())
     wait_boot(world, world.a, instance.uuid, 2)
+
+
+DISKS = ("disk", "disk.eph0", "disk.swap")
+BUSY = "quiet lab.dirty=8"
+"""A guest that rewrites 8 MiB for ever."""
+
+
+def assert_no_trace(world: TwoHosts, host: str, uuid: str) -> None:
+    """No backup, checkpoint, bitmap or file of a precopy."""
+    guest = Guest(world._host, uuid)
+    if host == world.a and guest.exists():
+        assert (guest.checkpoints(), guest.backup_xml()) == ([], None)
+    assert not [name for name in world.files(host, uuid) if "precopy" in name]
+    assert [world.bitmaps(host, uuid, name) for name in DISKS] == [[], [], []]
+
+
+@pytest.mark.parametrize("transfer", [WARM], ids=["warm"])
+def test_warm_move_of_a_guest_that_writes_all_the_time(world: TwoHosts) -> None:
+    instance, migration, parts = begin(world, cmdline=BUSY, migration_type="resize")
+    job = RecordingJob()
+    told = parts[0].do(job)
+    assert told == {"disks": dict.fromkeys(DISKS, told["disks"]["disk"]), "reason": ""}
+    ticks = oracle.boots(world.console(world.a, instance.uuid))[-1].ticks
+    wait_for(lambda: oracle.boots(world.console(world.a, instance.uuid))[-1].ticks[-1] > ticks[-1] + 1, 30, "it to run")
+    told = run(parts[1:], job)
+    assert len([reason for reason in job.reasons if "only what was written since" in reason]) >= len(DISKS)
+    there = msgspec.structs.replace(instance, host=world.b)
+    info = objects.decode(told["disk_info"], DiskInfo, "test")
+    arriving = world.driver(world.b).finish_migration(there, migration, info)
+    run(arriving[:3], RecordingJob())
+    for name in DISKS:
+        assert world.content(world.b, instance.uuid, name) == world.content(world.a, instance.uuid, name, "_resize")
+    run(arriving[3:], RecordingJob())
+    assert_no_trace(world, world.b, instance.uuid)
+    world.driver(world.b).unpause(there)
+    wait_boot(world, world.b, instance.uuid, 2)
+    run(world.driver(world.b).set_aside(there, migration), RecordingJob())
+    run(world.driver(world.a).finish_revert_migration(instance, migration), RecordingJob())
+    assert_no_trace(world, world.a, instance.uuid)
+    world.driver(world.a).unpause(instance)
+    wait_boot(world, world.a, instance.uuid, 2)
+
+
+@pytest.mark.parametrize("transfer", [WARM], ids=["warm"])
+@pytest.mark.parametrize("last", ["precopy", "power_off", "set_aside", "send_disk", "verify_copy"])
+def test_warm_move_undone_leaves_no_trace(world: TwoHosts, last: str) -> None:
+    instance, _, parts = begin(world, cmdline=BUSY)
+    before = world.files(world.a, instance.uuid)
+    done = [part.name for part in parts].index(last) + 1
+    run(parts[:done], RecordingJob())
+    for part in reversed(parts[:done]):
+        part.undo(RecordingJob())
+        if part.name == "power_off":
+            # As the manager does: the guest runs again before the destination is asked to clean up.
+            world.driver(world.a).power_on(instance, RecordingJob())
+    assert world.files(world.a, instance.uuid) == before
+    assert_nothing(world, world.b, instance.uuid)
+    assert_no_trace(world, world.a, instance.uuid)
+    wait_boot(world, world.a, instance.uuid, 1 if last == "precopy" else 2)
+
+
+@pytest.mark.parametrize("transfer", [WARM], ids=["warm"])
+def test_a_disk_that_cannot_say_what_was_written_since_is_sent_as_a_whole(world: TwoHosts) -> None:
+    instance, migration, parts = begin(world, cmdline=BUSY, migration_type="resize")
+    names = [part.name for part in parts]
+    job = RecordingJob()
+    token = parts[0].do(job)["disks"]["disk"]
+    run(parts[1:3], job)
+    disk = world.instances / f"{instance.uuid}_resize" / "disk"
+    subprocess.run(["qemu-img", "bitmap", "--remove", "-f", "qcow2", disk, token], check=True, timeout=60)
+    for name in ("send_disk", "send_disk.eph0", "send_disk.swap", "verify_copy"):
+        told = run(parts[names.index(name) : names.index(name) + 1], job, 2)
+    assert any(reason.startswith("disk is sent as a whole: ") for reason in job.reasons)
+    assert any(f"disk.eph0: only what was written since {token}" in reason for reason in job.reasons)
+    there = msgspec.structs.replace(instance, host=world.b)
+    info = objects.decode(told["disk_info"], DiskInfo, "test")
+    arriving = world.driver(world.b).finish_migration(there, migration, info)
+    run(arriving[:3], RecordingJob())
+    for name in DISKS:
+        assert world.content(world.b, instance.uuid, name) == world.content(world.a, instance.uuid, name, "_resize")
+    assert_no_trace(world, world.b, instance.uuid)
+
+
+@pytest.mark.parametrize("transfer", [WARM], ids=["warm"])
+def test_a_worker_that_died_goes_on_with_the_same_point_in_time(world: TwoHosts) -> None:
+    instance, migration, parts = begin(world, cmdline=BUSY)
+    first = parts[0].do(RecordingJob())
+    for host in (world.a, world.b):
+        world.restart(host)
+    ask = peer(world, instance, migration)
+    parts = world.driver(world.a).migrate_disk_and_power_off(instance, migration, 60, 1, ask)
+    again = parts[0].do(RecordingJob())
+    assert again["disks"].keys() == first["disks"].keys()
+    arrive(world, instance, migration, run(parts[1:], RecordingJob()))
 
 
 @pytest.mark.parametrize("transfer", [AUTO], ids=["auto"])

@@ -50,6 +50,12 @@ class TwoHosts(LibvirtWorld):
     def console(self, host: str, uuid: str) -> str:
         return str(self._ask("console", host, uuid))
 
+    def content(self, host: str, uuid: str, name: str, suffix: str = "") -> str:
+        return str(self._ask("content", host, uuid, name, suffix))
+
+    def bitmaps(self, host: str, uuid: str, name: str, suffix: str = "") -> list[str]:
+        return list(self._ask("bitmaps", host, uuid, name, suffix))
+
     def processes(self, host: str, name: str) -> list[str]:
         return list(self._ask("processes", host, name))
 
