@@ -180,6 +180,10 @@ def _ask_source(core: Core, run: Run) -> Result:
 def _unask_source(core: Core, run: Run) -> None:
     """Best effort, so that the source stops soon: it asks what became of this operation before it decides anything."""
     move = _move(core, run)
+    if move.handed_over:
+        # It asks already, and takes this operation's own error for the answer.
+        peers.nudge(core, move.migration.source_host, move.instance.uuid)
+        return
     question = Question(
         move.migration.source_host, "resize_instance", move.instance.uuid, run.uuid, move.migration.attempt
     )

@@ -287,7 +287,8 @@ class Operations:
             if entry is None:
                 journal.tombstone(tx, f"key/{key}", "revoked", time.time() + MAX_EXPIRY + self._key_retention)
                 return objects.OperationAnswer(known=False, journal_id=self.database.journal_id)
-            if revoke and not entry.committed and not entry.state.final and not entry.cancel_requested:
+            ends = entry.committed or entry.state.final or entry.state is OperationState.UNDOING
+            if revoke and not ends and not entry.cancel_requested:
                 journal.update(tx, entry.id, cancel_requested=1)
                 rows.append(entry.id)
             return objects.OperationAnswer(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from compute_worker import errors
 from compute_worker.objects import Flavor, Instance, Migration
 from compute_worker.states import OperationState
 from compute_worker.virt.simulated.cell import SimulatedCell
@@ -71,6 +72,13 @@ class Cell:
 
     def outcome(self, name: str, operation: str = OPERATION):
         return self[name].outcome(operation)
+
+    def phase(self, name: str, operation: str = OPERATION) -> str:
+        """What an operation is at; empty while the host has not heard of it."""
+        try:
+            return self[name].worker.operations.get(operation).phase
+        except errors.OperationNotFound:
+            return ""
 
     def owners(self) -> list[str]:
         """Hosts that say that they own the instance."""
