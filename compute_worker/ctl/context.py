@@ -105,7 +105,7 @@ class Ctl:
         """:meth:`finish` for a command that runs on several hosts under one uuid: each host's part is shown."""
         if accepted.operation is None or not self.args.wait:
             return self.finish(accepted, about, also)
-        with self.out.following(about, by_host=True) as following:
+        with self.out.following(about, by=lambda part: part.host) as following:
             follower = Follower(self.client.api, chain, following)
             ended = follower.until_end(self.args.timeout)
             late = follower.until_witnessed()

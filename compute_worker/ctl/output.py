@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ from compute_worker.errors import ComputeError
 from compute_worker.objects import Operation
 
 DOCUMENT_VERSION = 1
+By = Callable[[Operation], str]
 WIDE = 1000
 """Columns of a table that goes into a file or a pipe, where nothing is to be cut or wrapped."""
 
@@ -101,19 +102,21 @@ class Output:
         self.stderr.write(f"{program}: {safe(error)}\n" + (f"  {safe(hint)}\n" if hint else ""))
         self.stderr.flush()
 
-    def following(self, title: str, by_host: bool = False) -> Following:
-        """Shows how far an operation is while somebody waits for it; ``by_host``: it has parts on several hosts."""
-        return Following(self, title, by_host)
+    def following(self, title: str, by: By | None = None) -> Following:
+        """Shows how far an operation is while somebody waits for it; ``by`` tells several apart."""
+        return Following(self, title, by)
 
 
 class Following:
-    """A progress bar on a terminal, a line for each new phase elsewhere, nothing with JSON; ``by_host``: one for each
-    host."""
+    """A progress bar on a terminal, a line for each new phase elsewhere, nothing with JSON.
 
-    def __init__(self, output: Output, title: str, by_host: bool = False) -> None:
+    :param by: names the operation, where several are followed at once: a bar for each that is open.
+    """
+
+    def __init__(self, output: Output, title: str, by: By | None = None) -> None:
         self._output = output
         self._title = safe(title)
-        self._by_host = by_host
+        self._by = by
         self._phases: dict[str, str] = {}
         self._tasks: dict[str, TaskID] = {}
         self._bar: Progress | None = None
@@ -139,21 +142,23 @@ class Following:
 
     def __call__(self, operation: Operation) -> None:
         """Show where the operation is now."""
-        said, host = describe(operation), operation.host if self._by_host else ""
+        said, name = describe(operation), self._by(operation) if self._by is not None else ""
         if self._bar is not None:
             share = fraction(operation.progress)
             total = None if share is None else 1.0
-            self._bar.update(self._task_of(self._bar, host), total=total, completed=share or 0.0, said=said)
-        elif operation.phase != self._phases.get(host) and not operation.state.final:
-            self._output.note(f"{self._title}: {f'{safe(host)}: ' if host else ''}{said}")
-        self._phases[host] = operation.phase
+            shown = not name or not operation.state.final
+            task = self._task_of(self._bar, name)
+            self._bar.update(task, total=total, completed=share or 0.0, said=said, visible=shown)
+        elif operation.phase != self._phases.get(name) and not operation.state.final:
+            self._output.note(f"{self._title}: {f'{safe(name)}: ' if name else ''}{said}")
+        self._phases[name] = operation.phase
 
-    def _task_of(self, bar: Progress, host: str) -> TaskID:
-        if host not in self._tasks:
-            if host:
+    def _task_of(self, bar: Progress, name: str) -> TaskID:
+        if name not in self._tasks:
+            if name:
                 bar.update(self._first, said="")
-            self._tasks[host] = bar.add_task(f"  {safe(host)}", total=None, said="") if host else self._first
-        return self._tasks[host]
+            self._tasks[name] = bar.add_task(f"  {safe(name)}", total=None, said="") if name else self._first
+        return self._tasks[name]
 
 
 def describe(operation: Operation) -> str:

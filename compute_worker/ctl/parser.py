@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compute_worker.ctl import commands, movelist, moves, queries
+from compute_worker.ctl import commands, drain, movelist, moves, queries
 from compute_worker.ctl.connect import URL_VARIABLE
 from compute_worker.ctl.context import Ctl
 from compute_worker.ctl.exits import MEANING, Exit
@@ -62,13 +62,14 @@ BOOT: tuple[Option, ...] = (
     opt("--uuid", metavar="UUID", help="its uuid; default: a new one"),
 )
 
+CLEAN = opt("--clean-shutdown", action=argparse.BooleanOptionalAction, default=True,
+            help="ask the guest to shut down (default), or pull the plug")
 MOVE: tuple[Option, ...] = (
     INSTANCE,
     opt("--to", metavar="HOST", help="destination; default: the host with most free memory, the others as alternates"),
     opt("--alternate", action="append", default=[], metavar="HOST",
         help="asked next when the destination refuses or fails (repeatable)"),
-    opt("--clean-shutdown", action=argparse.BooleanOptionalAction, default=True,
-        help="ask the guest to shut down (default), or pull the plug"),
+    CLEAN,
 )
 
 MOVES: Mapping[str, Subcommand] = {
@@ -91,6 +92,13 @@ MOVES: Mapping[str, Subcommand] = {
             help="you have made sure of it: two running copies destroy the instance")), sends=True),
     "forget-host": Subcommand(moves.forget_host, "let no host wait any longer for one that never returns", (
         opt("named_host", metavar="HOST", help="the one that never returns"),), sends=True),
+    "drain": Subcommand(drain.run, "move everything off a host; exit status 0 only when it is empty", (
+        opt("named_host", metavar="HOST", help="which"),
+        opt("--dry-run", action="store_true", help="only say what would go where, and what would stay"),
+        opt("--parallel", type=int, default=2, metavar="N", help="moves at once (default: 2)"),
+        opt("--confirm", action="store_true", help="confirm each move away from it, so that it keeps no copy"),
+        opt("--reason", default=drain.REASON, metavar="TEXT", help="why it is disabled (default: being drained)"),
+        CLEAN)),
 }
 
 SUBCOMMANDS: Mapping[str, Subcommand] = {

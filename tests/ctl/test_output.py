@@ -109,14 +109,14 @@ def test_describe() -> None:
     assert describe(waiting) == r"fetch; waits: room\x1b"
 
 
-def test_following_by_host_names_the_host() -> None:
+def test_following_several_names_each() -> None:
     out, _, stderr = output()
-    with out.following("resize", by_host=True) as following:
+    with out.following("resize", by=lambda o: o.host) as following:
         for phase in ("define", "define", "start_paused"):
             following(operation(phase=phase))
     host = operation().host
     assert stderr.getvalue().splitlines() == [f"resize: {host}: define", f"resize: {host}: start_paused"]
     out, _, stderr = output(terminal=True)
-    with out.following("resize", by_host=True) as following:
+    with out.following("resize", by=lambda o: o.host) as following:
         following(operation(progress=Progress(phase="fetch", done_bytes=1, total_bytes=2)))
     assert "resize" in stderr.getvalue() and f"  {host}" in stderr.getvalue() and "━" in stderr.getvalue()
