@@ -340,64 +340,6 @@ def test_a_header_that_a_guest_wrote_is_never_read(move_world: Make, backend: st
         assert SECRET not in file.read(1 << 20)
 
 
-# --- confirm and revert -------------------------------------------------------------------------------------------
-
-
-def test_confirm_leaves_a_copy_of_another_migration(move_world: Make) -> None:
-    world = move_world()
-    instance, migration = begin(world)
-    run(parts_of(world, instance, migration), RecordingJob())
-    late = msgspec.structs.replace(migration, uuid=instance.vifs[0].id)
-    job = RecordingJob()
-    world.driver(world.a).confirm_migration(instance, late, job)
-    assert world.path(world.a, instance.uuid, "_resize").is_dir()
-    assert f"of migration {migration.uuid}" in job.reasons[-1]
-    (world.path(world.a, instance.uuid, "_resize") / "instance.json").write_text("garbage")
-    world.driver(world.a).confirm_migration(instance, migration, job)
-    assert world.files(world.a, instance.uuid) == set()
-
-
-def test_a_revert_brings_back_a_base_that_is_gone(move_world: Make) -> None:
-    world = move_world()
-    instance, migration = begin(world)
-    run(parts_of(world, instance, migration), RecordingJob())
-    base = world.path(world.a, "_base") / base_name(instance.image)
-    assert world.driver(world.a).manage_image_cache(set()) == [], "what is set aside needs its bases"
-    base.unlink()
-    run(world.driver(world.a).finish_revert_migration(instance, migration), RecordingJob())
-    assert base.exists() and world.power(world.a, instance.uuid) == "paused"
-
-
-def test_a_revert_with_something_in_the_way(move_world: Make) -> None:
-    world = move_world()
-    instance, migration = begin(world)
-    run(parts_of(world, instance, migration), RecordingJob())
-    world.path(world.a, instance.uuid).mkdir()
-    with pytest.raises(errors.GuestFailed, match="is in the way"):
-        run(world.driver(world.a).finish_revert_migration(instance, migration), RecordingJob())
-
-
-@pytest.mark.parametrize("stage", ["while copying", "resized", "reverting"])
-def test_a_delete_leaves_nothing_on_either_host(move_world: Make, stage: str) -> None:
-    """CVE-2015-3241, CVE-2015-3280, CVE-2016-7498."""
-    world = move_world()
-    instance, migration = begin(world)
-    parts = parts_of(world, instance, migration)
-    if stage == "while copying":
-        run(parts[:4], RecordingJob())
-        ask = peer(world, instance, migration)
-        ask({"ask": "open", "name": "disk.swap", "size": 1 << 20, "window": 1 << 20})
-        assert world.listening(world.b)
-    else:
-        there = arrive(world, instance, migration, run(parts, RecordingJob()))
-        if stage == "reverting":
-            run(world.driver(world.b).set_aside(there, migration), RecordingJob())
-    for host in (world.a, world.b):
-        run(world.driver(host).destroy(instance), RecordingJob(), 2)
-        assert_nothing(world, host, instance.uuid)
-        assert not world.listening(host)
-
-
 def test_a_migration_of_a_guest_that_was_never_made(move_world: Make) -> None:
     world = move_world()
     instance = world.new_instance(world.a)

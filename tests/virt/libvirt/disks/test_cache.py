@@ -267,3 +267,24 @@ class TestPruning:
             stop.set()
             thread.join()
         assert not any(missing)
+
+
+def test_a_base_that_was_sent_gets_its_place_once(host: DiskBuilder, job: Job, tmp_path: Path) -> None:
+    sent, name = tmp_path / "sent", base_name(image())
+    for content in (DATA, b"another one"):
+        sent.write_bytes(content)
+        for _ in range(2):
+            host.cache.adopt(name, sent, job)
+    base = host.directory.base / name
+    assert (base.read_bytes(), base.stat().st_nlink, sent.exists()) == (DATA, 1, False)
+    assert host.cache.ensure(image(), job).path == base
+    with pytest.raises(ValueError, match="not the name of a base"):
+        host.cache.adopt("../x", sent, job)
+
+
+def test_a_death_between_the_two_names_of_a_sent_base(host: DiskBuilder, job: Job, tmp_path: Path) -> None:
+    sent, base = tmp_path / "sent", host.directory.base / base_name(image())
+    sent.write_bytes(DATA)
+    os.link(sent, base)
+    host.cache.adopt(base.name, sent, job)
+    assert (base.read_bytes(), sent.exists()) == (DATA, False)

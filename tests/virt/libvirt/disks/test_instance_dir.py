@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compute_worker import errors
 from compute_worker.objects import Disk, DiskInfo, ImageMeta
-from compute_worker.virt.libvirt.disks.instance_dir import DELETED, RESIZE, ImageUse, InstancesDirectory
+from compute_worker.virt.libvirt.disks.instance_dir import DELETED, RESIZE, Arrival, ImageUse, InstancesDirectory
 from tests.virt.libvirt.disks.support import OTHER, UUID, instance
 
 INFO = DiskInfo(disks=[Disk(name="disk", format="qcow2", virtual_size_bytes=1 << 30, backing="b1")], image="img")
@@ -168,3 +168,29 @@ def test_a_group_may_walk_through_and_nobody_else(tmp_path: Path) -> None:
     made.create(UUID)
     assert made.path(UUID).stat().st_mode & 0o777 == 0o710
     assert made.path(UUID).stat().st_gid == group.gr_gid
+
+
+def test_what_came_by_a_migration_is_its_own(here: InstancesDirectory) -> None:
+    here.create(UUID)
+    assert here.arrival(UUID) is None
+    arrival = Arrival(OTHER, attempt=2, machine="pc", bases={"swap_16": "0" * 64})
+    here.write_arrival(UUID, arrival)
+    assert here.arrival(UUID, OTHER) == here.arrival(UUID) == arrival
+    assert here.arrival(UUID, UUID) is None
+    here.move(UUID, "", RESIZE)
+    assert here.arrival(UUID, OTHER) is None
+    assert here.arrival(UUID, OTHER, RESIZE) == arrival
+
+
+def test_only_a_directory_that_names_nothing_but_images_is_forgotten(here: InstancesDirectory) -> None:
+    here.forget_use(UUID)
+    path = here.create(UUID)
+    here.forget_use(UUID)
+    assert path.is_dir(), "somebody has just made it"
+    here.write_use(UUID, ImageUse(bases=["swap_16"]))
+    (path / "disk").touch()
+    here.forget_use(UUID)
+    assert (path / "disk").exists()
+    (path / "disk").unlink()
+    here.forget_use(UUID)
+    assert not path.exists()
