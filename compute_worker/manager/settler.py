@@ -30,8 +30,7 @@ def decide(move: Move, there: MigrationState | None, now: float, window: float) 
     if move.status is not MigrationStatus.FINISHED or move.forced:
         return None, f"it is {move.status}"
     if move.side is Side.DESTINATION:
-        age = now - (move.finished_at or now)
-        if window and age > window:
+        if window and move.finished_at is not None and now - move.finished_at > window:
             return resize_verdict.CONFIRM, f"it was not reverted within {window:g} s"
         return None, "it waits for a decision"
     if move.same_host or there is None:
