@@ -44,6 +44,7 @@ class ColdMoveSource:
         self._bases = MovingBases(deeds.disks)
         self._grower = Grower(deeds.disks)
         self._warm = warm
+        self._chosen: dict[tuple[str, int], DiskTransport] = {}
 
     # --- migrate_disk_and_power_off -----------------------------------------------------------------------------
 
@@ -145,14 +146,18 @@ class ColdMoveSource:
         return objects.decode(answer.get("wanted"), dict[str, str], "answer to prepare")
 
     def _transport(self, migration: Migration, peer: Peer, job: Job) -> DiskTransport:
-        settings = self._deeds.settings
+        """How its disks travel: chosen once, while the guest runs, unless this process began in the middle."""
+        settings, key = self._deeds.settings, (migration.uuid, migration.attempt)
         if _is_local(migration):
             return transports.load(SHARED, settings)
-        return transports.choose(settings, migration, peer, job)
+        chosen = self._chosen.get(key) or transports.choose(settings, migration, peer, job)
+        self._chosen[key] = chosen
+        return chosen
 
     def _withdraw(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> None:
         """What the destination has of it goes. A destination that does not answer cleans up by itself."""
         forget_precopy(self._deeds, self._warm, instance.uuid)
+        self._chosen.pop((migration.uuid, migration.attempt), None)
         if _is_local(migration):
             return
         try:
@@ -242,6 +247,7 @@ class ColdMoveSource:
                 verify.compare(shipment, peer, job, full=False)
             elif not self._sent_rest(shipment, disk, peer, job):
                 raise errors.MigrationFailed(migration=migration.uuid, reason=f"{disk.name} did not arrive whole")
+        self._chosen.pop((migration.uuid, migration.attempt), None)
         return {"disk_info": objects.encode(info)}
 
 

@@ -269,6 +269,27 @@ def test_what_came_of_an_earlier_state_is_not_built_upon(move_world: Make) -> No
     assert world.read_disk(world.b, instance.uuid).endswith(b"second")
 
 
+def test_a_transport_is_chosen_while_the_guest_runs(move_world: Make) -> None:
+    """Asking whether it works is no reason to keep a guest off; a worker that begins in the middle asks again."""
+    world = move_world()
+    instance, migration = begin(world)
+    asked: list[str] = []
+
+    def ask(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        asked.append(request["ask"])
+        return peer(world, instance, migration)(request)
+
+    parts = parts_of(world, instance, migration, ask)
+    run(parts[:3], RecordingJob())
+    asked.clear()
+    run(parts[3:5], RecordingJob())
+    assert {"probe", "facts"}.isdisjoint(asked)
+    world.restart(world.a)
+    run(parts_of(world, instance, migration, ask)[5:], RecordingJob())
+    assert {"probe", "facts"} <= set(asked)
+    assert world.driver(world.a)._source._chosen == {}
+
+
 def test_a_copy_that_changed_at_the_destination_is_noticed(move_world: Make) -> None:
     world = move_world()
     instance, migration = begin(world)
