@@ -151,17 +151,28 @@ class Precopy:
         group = self._settings.libvirt.disk_owner_group
         with files.disk_errors(place):
             place.mkdir(mode=0o700)
-            # The hypervisor makes its socket and its scratch files in it, and gives them the directory's group.
+            # The hypervisor makes its socket in it, which gets the directory's group.
             files.give_to_group(place, group, 0o2770 if group else 0o700)
         token = PREFIX + secrets.token_hex(8)
         names = [target for _, target in targets]
         others = [device.target_dev or "" for device in _disks(guest) if device.target_dev not in names]
-        guest.backup_begin(_backup_xml(place, names, others), _checkpoint_xml(token, names, others))
+        for disk, target in targets:
+            self._scratch(place / f"{target}.scratch", disk, job)
+        backup, checkpoint = _backup_xml(place, names, others), _checkpoint_xml(token, names, others)
+        guest.backup_begin(backup, checkpoint, reuse_external=True)
         plans = {}
         for disk, _ in targets:
             plans[disk.name] = self._plan(directory, disk, token, job)
             plan.write(directory, disk.name, plans[disk.name])
         return plans
+
+    def _scratch(self, path: Path, disk: Disk, job: Job) -> None:
+        """Where the hypervisor keeps what the guest overwrites. Made here, as the disks are: what libvirt would make
+        is root's, and stays so where it does not manage owners."""
+        group = self._settings.libvirt.disk_owner_group
+        self._qemu_img.create(path, "qcow2", disk.virtual_size_bytes, job)
+        with files.disk_errors(path):
+            files.give_to_group(path, group, 0o660 if group else 0o600)
 
     def _plan(self, directory: Path, disk: Disk, token: str, job: Job) -> Plan:
         path = directory / disk.name
@@ -441,6 +452,7 @@ def _backup_xml(place: Path, names: list[str], others: list[str]) -> str:
     disks = ET.SubElement(root, "disks")
     for name in names:
         disk = ET.SubElement(disks, "disk", name=name, backup="yes", type="file", exportname=name)
+        ET.SubElement(disk, "driver", type="qcow2")
         ET.SubElement(disk, "scratch", file=str(place / f"{name}.scratch"))
     for name in others:
         ET.SubElement(disks, "disk", name=name, backup="no")

@@ -56,14 +56,15 @@ class FakeGuest:
     def checkpoints(self) -> list[str]:
         return list(self.checkpoint)
 
-    def backup_begin(self, backup_xml: str, checkpoint_xml: str | None = None) -> None:
+    def backup_begin(self, backup_xml: str, checkpoint_xml: str, *, reuse_external: bool = False) -> None:
         if self.refuse is not None:
             raise self.refuse
-        backup, checkpoint = ET.fromstring(backup_xml), ET.fromstring(checkpoint_xml or "<none/>")
+        backup, checkpoint = ET.fromstring(backup_xml), ET.fromstring(checkpoint_xml)
         token = checkpoint.findtext("name") or ""
         server = backup.find("server")
         assert server is not None and backup.get("mode") == "pull"
         chosen = [disk for disk in backup.iter("disk") if disk.get("backup") == "yes"]
+        assert reuse_external and all(Path(one.get("file") or "").is_file() for one in backup.iter("scratch"))
         assert len(chosen) == 1, "one server serves one disk here"
         name = chosen[0].get("name") or ""
         path = self.files[name]

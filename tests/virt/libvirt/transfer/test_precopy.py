@@ -112,7 +112,8 @@ def held(path: Path) -> list[tuple[int, int]]:
     """What the overlay itself holds, data or zeros."""
     words = ["qemu-img", "map", "--output=json", "-f", "qcow2", str(path)]
     found = json.loads(subprocess.run(words, check=True, capture_output=True, timeout=20).stdout)
-    return list(extents.merge((x["start"], x["start"] + x["length"]) for x in found if x["depth"] == 0 and x["present"]))
+    top = [x for x in found if x["depth"] == 0 and x["present"]]
+    return list(extents.merge((x["start"], x["start"] + x["length"]) for x in top))
 
 
 def assert_same_disk(one: Path, other: Path) -> None:
