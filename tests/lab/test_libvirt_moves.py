@@ -57,7 +57,7 @@ def _show(log: Path) -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "count", "seconds"),
-    [("TestColdMove", 40, 850), ("not TestColdMove and not tls and not warm", 6, 400), ("warm and not tls", 8, 400)],
+    [("TestColdMove", 40, 850), ("not TestColdMove and not tls and not warm", 6, 400), ("warm and not tls", 9, 400)],
     ids=["contract", "guests", "warm"],
 )
 def test_moves(cell: Cell, lab_guest: GuestImages, chosen: str, count: int, seconds: float) -> None:

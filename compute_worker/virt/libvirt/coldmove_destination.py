@@ -75,7 +75,26 @@ class ColdMoveDestination:
             if ask == "remove":
                 return {}
             raise _over(migration, arrival)
+        if ask in ("overlay", "finish", "remove"):
+            self._note(instance, migration, request)
         return self._receiver.answer(instance, migration, request)
+
+    def _note(self, instance: Instance, migration: Migration, request: Mapping[str, Any]) -> None:
+        """Keep in mind which disks are overlays that are filled here. One that is whole, of another point in time than
+        the one that is sent now, is stale: the guest has run since."""
+        name, token = request.get("name"), request.get("token") if request["ask"] == "overlay" else None
+        if not isinstance(name, str) or (request["ask"] == "finish" and request.get("size", 0) is None):
+            return
+        with self._marking:
+            arrival = self._directory.arrival(instance.uuid, migration.uuid)
+            if arrival is None or arrival.overlays.get(name) == token:
+                return
+            overlays = {other: point for other, point in arrival.overlays.items() if other != name}
+            if isinstance(token, str):
+                overlays[name] = token
+                if (self._directory.path(instance.uuid) / name).exists():
+                    self._receiver.answer(instance, migration, {"ask": "remove", "name": name})
+            self._directory.write_arrival(instance.uuid, msgspec.structs.replace(arrival, overlays=overlays))
 
     def _prepare(self, instance: Instance, migration: Migration, asked: Prepare) -> Mapping[str, Any]:
         self._no_other_guest(instance, migration)
@@ -102,9 +121,13 @@ class ColdMoveDestination:
                 for name in asked.disks:
                     self._receiver.answer(instance, migration, {"ask": "remove", "name": name})
                 # The directory goes with its last disk.
-                arrival = msgspec.structs.replace(self._mark(instance, migration), sending=asked.sending)
+                kept = {name: point for name, point in arrival.overlays.items() if name not in asked.disks}
+                arrival = msgspec.structs.replace(
+                    self._mark(instance, migration), sending=asked.sending, overlays=kept
+                )
                 self._directory.write_arrival(instance.uuid, arrival)
-        return {}
+        path = self._directory.path(instance.uuid)
+        return {"overlays": [name for name in arrival.overlays if (path / name).exists()]}
 
     def _mark(self, instance: Instance, migration: Migration) -> Arrival:
         """The directory is there and is this attempt's; an earlier attempt's is made anew."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -199,13 +200,18 @@ class ColdMoveSource:
 
     def _send(self, instance: Instance, migration: Migration, name: str, peer: Peer, job: Job) -> None:
         info = self._need_aside(instance.uuid)
-        whole = [disk.name for disk in info.disks if not self._was_sent(instance.uuid, disk.name)]
-        peer({"ask": "sending", "disks": whole, "sending": self._state(instance.uuid)})
+        self._ask_sending(instance.uuid, info, peer)
         disk = next(disk for disk in info.disks if disk.name == name)
         shipment = self._shipment(instance, migration, disk)
-        if name not in whole and self._sent_rest(shipment, disk, peer, job):
+        if self._was_sent(instance.uuid, name) and self._sent_rest(shipment, disk, peer, job):
             return
         self._transport(migration, peer, job).send(shipment, peer, job)
+
+    def _ask_sending(self, uuid: str, info: DiskInfo, peer: Peer) -> set[str]:
+        """Disks that the destination has by what they held while the guest ran and what was written since."""
+        whole = [disk.name for disk in info.disks if not self._was_sent(uuid, disk.name)]
+        answer = peer({"ask": "sending", "disks": whole, "sending": self._state(uuid)})
+        return set(objects.decode(answer.get("overlays"), list[str], "answer to sending"))
 
     def _shipment(self, instance: Instance, migration: Migration, disk: Disk) -> Shipment:
         source = self._directory.path(instance.uuid, RESIZE) / disk.name
@@ -241,12 +247,14 @@ class ColdMoveSource:
     def _verify(self, instance: Instance, migration: Migration, peer: Peer, job: Job) -> Mapping[str, Any]:
         """Once more all of them together; a full comparison was made, where it is wanted, when each had arrived."""
         info = self._need_aside(instance.uuid)
+        overlays = self._ask_sending(instance.uuid, info, peer)
         for disk in info.disks:
-            shipment = self._shipment(instance, migration, disk)
-            if not self._was_sent(instance.uuid, disk.name):
-                verify.compare(shipment, peer, job, full=False)
-            elif not self._sent_rest(shipment, disk, peer, job):
-                raise errors.MigrationFailed(migration=migration.uuid, reason=f"{disk.name} did not arrive whole")
+            if disk.name not in overlays:
+                verify.compare(self._shipment(instance, migration, disk), peer, job, full=False)
+        place = self._directory.path(instance.uuid, RESIZE) / plan.DIRECTORY
+        with files.disk_errors(place):
+            if place.is_dir():
+                shutil.rmtree(place)
         self._chosen.pop((migration.uuid, migration.attempt), None)
         return {"disk_info": objects.encode(info)}
 

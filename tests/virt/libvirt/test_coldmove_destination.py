@@ -253,3 +253,29 @@ def test_on_one_host_what_is_set_aside_late_is_not_the_original(move_world: Make
     assert (world.files(world.a, there.uuid), world.power(world.a, there.uuid)) == (before, "paused")
     driver.confirm_migration(there, migration, RecordingJob())
     assert {name.split("/")[0] for name in world.files(world.a, there.uuid)} == {there.uuid}
+
+
+# --- disks of a running guest -------------------------------------------------------------------------------------
+
+
+def test_a_filled_overlay_of_another_point_in_time_is_stale(move_world: Make) -> None:
+    """It was finished, the guest was taken back and has run since: its disk is sent again from the beginning."""
+    world = move_world()
+    instance, migration = begin(world)
+    ask = peer(world, instance, migration)
+    run(parts_of(world, instance, migration)[:1], RecordingJob())
+    asked = {"ask": "overlay", "name": "disk", "size": 1 << 30, "window": 1 << 20, "token": "precopy-0123456789abcdef",
+             "cluster": 1 << 16, "backing": base_name(instance.image), "backing_format": "raw"}  # fmt: skip
+    state = {"ask": "sending", "disks": [], "sending": "0" * 64}
+    assert ask(asked)["complete"] is False
+    assert ask(state)["overlays"] == [], "it is not whole yet"
+    ask({"ask": "finish", "name": "disk", "size": None})
+    assert ask(state)["overlays"] == ["disk"]
+    assert ask(asked)["complete"] is True
+    later = {**asked, "token": "precopy-fedcba9876543210"}
+    assert ask(later)["complete"] is False
+    assert ask(state)["overlays"] == []
+    ask({"ask": "finish", "name": "disk", "size": None})
+    ask({"ask": "remove", "name": "disk"})
+    assert ask(state)["overlays"] == []
+    world.driver(world.b)._receiver.stop_all()

@@ -60,6 +60,9 @@ class Arrival(msgspec.Struct, frozen=True):
     """What state of the source's disks is being sent; another one: what has arrived is stale."""
     bases: dict[str, str] = {}
     """Digests of bases that the disks stand on at the source, as far as they were asked for."""
+    overlays: dict[str, str] = {}
+    """Disks that were made here and are filled, the same for a guest and not byte for byte; by name the point in time
+    at the source that was sent first."""
 
 
 class InstancesDirectory:
