@@ -368,7 +368,7 @@ class ResizeEndpoint:
     def peer_changed(self, context: Context, instance: Uuid) -> None:
         """Something about an instance has changed at a peer: whatever waits for it asks now."""
         self._operations.wake(instance)
-        self._settler.wake()
+        self._settler.wake(instance)
 
     def _accept(
         self,

@@ -47,6 +47,8 @@ class Settler:
         self._core = core
         self._operations = operations
         self._woken = threading.Event()
+        self._guard = threading.Lock()
+        self._told: set[str] = set()
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="settler", daemon=True)
         self._due: dict[tuple[str, Side], tuple[float, float]] = {}
@@ -61,22 +63,41 @@ class Settler:
         self._woken.set()
         self._thread.join(timeout)
 
-    def wake(self) -> None:
-        """Something has changed at a peer: ask everybody now."""
-        self._due.clear()
+    def wake(self, instance: str) -> None:
+        """Something has changed at a peer about an instance: ask now. Its other moves are not asked about."""
+        with self._guard:
+            self._told.add(instance)
         self._woken.set()
 
     def _loop(self) -> None:
+        due, interval = 0.0, self._core.settings.compute.peer_ask_interval
         while not self._stopped:
+            with self._guard:
+                told, self._told = self._told, set()
             try:
-                for move in self._core.moves.list():
-                    self._look(move)
+                for instance in told:
+                    self._look_again(instance)
+                if time.monotonic() >= due:
+                    due = time.monotonic() + interval
+                    self._look_at_all(self._core.moves.list())
             except Closed:
                 return
             except Exception:
                 LOG.exception("moves that wait for a decision could not be looked at")
-            self._woken.wait(self._core.settings.compute.peer_ask_interval)
+            self._woken.wait(max(0.0, due - time.monotonic()))
             self._woken.clear()
+
+    def _look_again(self, instance: str) -> None:
+        for move in self._core.database.read(lambda tx: self._core.moves.of(tx, instance)):
+            self._due.pop((move.migration.uuid, move.side), None)
+            self._look(move)
+
+    def _look_at_all(self, moves: list[Move]) -> None:
+        there = {(move.migration.uuid, move.side) for move in moves}
+        for key in self._due.keys() - there:
+            del self._due[key]
+        for move in moves:
+            self._look(move)
 
     def _look(self, move: Move) -> None:
         if self._stopped or move.status is not MigrationStatus.FINISHED:
