@@ -55,6 +55,7 @@ class EmbeddedCell:
 
     :param directory: what the hosts keep; it outlives the cell, so that the same cell can be started on it again.
     :param driver: makes the driver of a host; default: the fake one, found by its entry point.
+    :param url: of another broker, to measure with; default: the one in this process.
     :param groups: options that every host gets: ``compute={"shutdown_timeout": 5.0}``.
     """
 
@@ -64,6 +65,7 @@ class EmbeddedCell:
         directory: Path,
         *,
         driver: Callable[[Settings], ComputeDriver] | None = None,
+        url: str | None = None,
         **groups: dict[str, Any],
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ class EmbeddedCell:
         self.settings = {name: settings_for(name, directory, **groups) for name in names}
         self.exchange = next(iter(self.settings.values())).rpc.exchange
         self._driver = driver
-        self.url = f"{MEMORY_URL}/{uuid.uuid4()}"
+        self.url = url or f"{MEMORY_URL}/{uuid.uuid4()}"
         self.transport = get_transport(self.url, exchange=self.exchange)
         self.api = ComputeAPI(self.transport, exchange=self.exchange)
         self.workers: dict[str, Worker] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from compute_worker import errors
-from compute_worker.objects import Count, DiskInfo, HostName, Instance, Migration, Object, Uuid
+from compute_worker.objects import Count, DiskInfo, HostName, Instance, MigrateData, Migration, Object, Uuid
 from compute_worker.operations.database import Database, Tx, next_seq
 from compute_worker.states import MigrationStatus
 
@@ -30,7 +30,8 @@ CREATE TABLE IF NOT EXISTS moves (
 CREATE INDEX IF NOT EXISTS moves_instance ON moves (instance);
 """
 
-_CLOSED = frozenset({MigrationStatus.CONFIRMED, MigrationStatus.REVERTED, MigrationStatus.ERROR})
+_S = MigrationStatus
+_CLOSED = frozenset({_S.CONFIRMED, _S.REVERTED, _S.ERROR, _S.COMPLETED, _S.CANCELLED, _S.FAILED})
 
 
 class Side(StrEnum):
@@ -65,6 +66,15 @@ class Move(Object, frozen=True, kw_only=True):
     attempt_of_revert: Count = 0
     finished_at: float | None = None
     clean_shutdown: bool = True
+    migrate_data: MigrateData | None = None
+    """Live: what the two hosts agreed on."""
+    disk_over_commit: bool = False
+    landed: str = ""
+    """Live, at the source: how the flight ended, in words."""
+    held: bool = False
+    """Live, at the source: the copy here is paused because the destination is silent and may run the guest."""
+    force: str = ""
+    """Live, at the source: how an operator wants it finished: ``postcopy`` or ``pause``."""
 
     @property
     def status(self) -> MigrationStatus:

@@ -288,6 +288,22 @@ class MigrationState(Object, frozen=True, kw_only=True):
     journal_id: str = ""
 
 
+class Finding(Object, frozen=True, kw_only=True):
+    """Something on a host that may be left over, or waits."""
+
+    kind: Annotated[str, Meta(pattern=r"^(directory|resize|del|part|domain|lock|operation|move)\Z")]
+    instance: Uuid | None = None
+    where: str
+    """A path, a domain's name, the uuid of an operation or a migration."""
+    reason: str
+    safe: bool = False
+    """Whether ``repair_leftovers`` removes it."""
+    kept: bool = False
+    """Whether it is there on purpose: it belongs to something that goes on."""
+    remedy: str = ""
+    """What is done about it, or by whom."""
+
+
 class Accepted(Object, frozen=True, kw_only=True):
     """The answer to a command: the operation that will do it. ``operation`` is ``None`` for ``check_only``."""
 
@@ -327,6 +343,8 @@ class HostState(Object, frozen=True, kw_only=True):
     hypervisor_up: bool = True
     cpu_model: str = ""
     machine_arch: str = ""
+    instances_id: str = ""
+    """Which instances directory it has: the same on two hosts means that they share one. Empty: not known."""
     worker_version: str = ""
     rpc_version: str = RPC_VERSION
     journal_id: str = ""

@@ -79,6 +79,12 @@ class NamedLocks:
         except FileNotFoundError:
             return 0.0
 
+    def names(self) -> set[str]:
+        """Every name that has a lock file."""
+        with disk_errors(self._directory):
+            found = {entry.removesuffix(".lock") for entry in os.listdir(self._directory) if entry.endswith(".lock")}
+        return {name for name in found if _NAME.match(name)}
+
     def forget(self, name: str) -> None:
         """Remove the lock's file. Only its holder may."""
         self.path(name).unlink(missing_ok=True)

@@ -17,6 +17,8 @@ EVENTS = {
     "finish_resize": "resize_finish",
     "take_back_instance": "resize_take_back",
     "forget_host": "host_forget",
+    "live_migration_abort": "live_migration_abort",
+    "live_migration_force_complete": "live_migration_force_complete",
 }
 
 

@@ -126,6 +126,7 @@ class InventoryEndpoint:
             hypervisor_up=self._core.driver.available,
             cpu_model=found.cpu_model if found else "",
             machine_arch=found.machine_arch if found else "",
+            instances_id=found.instances_id if found else "",
             worker_version=worker_version(),
             journal_id=self._core.database.journal_id,
             started_at=self._started_at,

@@ -11,7 +11,16 @@ from typing import Any, Protocol, TypeVar
 from compute_worker import errors
 from compute_worker.manager.core import Core
 from compute_worker.moves import Move
-from compute_worker.objects import Accepted, DiskInfo, Instance, Migration, MigrationState, OperationAnswer
+from compute_worker.objects import (
+    Accepted,
+    DiskInfo,
+    HostState,
+    Instance,
+    MigrateData,
+    Migration,
+    MigrationState,
+    OperationAnswer,
+)
 from compute_worker.operations.run import Run
 from compute_worker.states import OperationState
 
@@ -68,6 +77,36 @@ class Peers(Protocol):
         """A delete wins on every host."""
         ...
 
+    def get_hypervisor(self, *, host: str) -> dict[str, Any]:
+        """What a source's hypervisor is."""
+        ...
+
+    def check_can_live_migrate_destination(
+        self, instance: Instance, migration: Migration, disk_over_commit: bool = ..., *, host: str
+    ) -> MigrateData:
+        """Whether the guest could run there."""
+        ...
+
+    def check_can_live_migrate_source(
+        self, instance: Instance, migration: Migration, data: MigrateData, *, host: str
+    ) -> MigrateData:
+        """Whether the guest may leave, and which disks must travel."""
+        ...
+
+    def pre_live_migration(
+        self,
+        instance: Instance,
+        migration: Migration,
+        data: MigrateData,
+        disk_info: DiskInfo,
+        journal_id: str = ...,
+        operation: str | None = ...,
+        *,
+        host: str,
+    ) -> MigrateData:
+        """Ask the destination to prepare; asked again it goes on."""
+        ...
+
     def settle_operation(
         self, message: str, instance: str, settle: str, attempt: int = ..., revoke: bool = ..., *, host: str
     ) -> OperationAnswer:
@@ -76,6 +115,18 @@ class Peers(Protocol):
 
     def get_migration(self, migration: str, side: str = ..., *, host: str) -> MigrationState:
         """One side of a move."""
+        ...
+
+    def list_migrations(self, open_only: bool = ..., *, host: str) -> list[MigrationState]:
+        """The sides of moves that a host has."""
+        ...
+
+    def get_instance(self, instance: str, *, host: str) -> Instance:
+        """One instance; InstanceMoved says where it went."""
+        ...
+
+    def get_host_state(self, *, host: str) -> HostState:
+        """What a host says of itself."""
         ...
 
     def answer_peer(self, migration: str, request: dict[str, Any], *, host: str) -> dict[str, Any]:

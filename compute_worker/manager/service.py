@@ -18,7 +18,10 @@ from compute_worker.errors import ComputeError
 from compute_worker.manager import (
     build,
     delete,
+    doctor,
     immediate,
+    live_destination,
+    live_source,
     power,
     recovery,
     resize_destination,
@@ -26,9 +29,11 @@ from compute_worker.manager import (
     resize_verdict,
 )
 from compute_worker.manager.core import Core
+from compute_worker.manager.doctor import DoctorEndpoint
 from compute_worker.manager.hostswitch import HostSwitch
 from compute_worker.manager.inventory import InventoryEndpoint
 from compute_worker.manager.lifecycle import LifecycleEndpoint
+from compute_worker.manager.live import LiveMigrationEndpoint
 from compute_worker.manager.peers import Peers
 from compute_worker.manager.resize import ResizeEndpoint
 from compute_worker.manager.settler import Settler
@@ -45,7 +50,7 @@ from compute_worker.virt.driver import ComputeDriver
 
 LOG = logging.getLogger(__name__)
 
-ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint, ResizeEndpoint)
+ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint, ResizeEndpoint, LiveMigrationEndpoint, DoctorEndpoint)
 """Every class that answers messages: what the server is handed and the AsyncAPI description is made from."""
 
 
@@ -62,6 +67,9 @@ def kinds_of(core: Core) -> Mapping[str, Kind]:
         resize_verdict.drop_kind(core),
         resize_verdict.revert_kind(core),
         resize_verdict.back_kind(core),
+        live_source.kind(core),
+        live_destination.kind(core),
+        doctor.kind(core),
         *(immediate.kind(name) for name in immediate.EVENTS),
     ]
     return {kind.name: kind for kind in kinds}
@@ -126,12 +134,14 @@ class ComputeManager:
         self.inventory = InventoryEndpoint(self.core, self.operations, switch, announce or _nobody)
         self.settler = Settler(self.core, self.operations)
         self.resize = ResizeEndpoint(self.core, self.operations, switch, self.settler)
+        self.live = LiveMigrationEndpoint(self.core, self.operations, switch)
+        self.doctor = DoctorEndpoint(self.core, self.operations)
         self._started = False
 
     @property
     def endpoints(self) -> list[object]:
         """What the RPC server is handed."""
-        return [self.lifecycle, self.inventory, self.resize]
+        return [self.lifecycle, self.inventory, self.resize, self.live, self.doctor]
 
     def on_refused(
         self,

@@ -30,9 +30,11 @@ from compute_worker.objects import (
     Diagnostics,
     DiskInfo,
     ExternalEvent,
+    Finding,
     HostState,
     InjectedFile,
     Instance,
+    MigrateData,
     Migration,
     MigrationState,
     Operation,
@@ -59,6 +61,15 @@ SINCE: Mapping[str, str] = dict.fromkeys(
         "list_migrations",
         "answer_peer",
         "peer_changed",
+        "check_can_live_migrate_destination",
+        "check_can_live_migrate_source",
+        "get_hypervisor",
+        "live_migration",
+        "live_migration_abort",
+        "live_migration_force_complete",
+        "pre_live_migration",
+        "list_leftovers",
+        "repair_leftovers",
     ),
     "1.1",
 )
@@ -244,6 +255,80 @@ class ComputeAPI:
         """Let ``host`` wait no longer for host ``forget``, which never returns."""
         return self._command(host, "forget_host", options, {"forget": forget})
 
+    def check_can_live_migrate_destination(
+        self, instance: Instance, migration: Migration, disk_over_commit: bool = False, *, host: str
+    ) -> MigrateData:
+        """Whether a guest could move to ``host`` (``migration.dest_host``) while it runs. Changes nothing."""
+        args = {"instance": instance, "migration": migration, "disk_over_commit": disk_over_commit}
+        return self._query(host, "check_can_live_migrate_destination", MigrateData, args, monitored=True)
+
+    def live_migration(
+        self,
+        instance: str,
+        migration: Migration,
+        disk_over_commit: bool = False,
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Move a running guest from ``host`` to ``migration.dest_host``."""
+        if options.get("expires_at") is None:
+            options["expires_at"] = time.time() + BUILD_EXPIRY_SECONDS
+        args = {"instance": instance, "migration": migration, "disk_over_commit": disk_over_commit}
+        return self._command(host, "live_migration", options, args)
+
+    def live_migration_abort(
+        self, instance: str, migration: str, *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """Stop a live migration; ``host``: the source."""
+        return self._command(host, "live_migration_abort", options, {"instance": instance, "migration": migration})
+
+    def live_migration_force_complete(
+        self,
+        instance: str,
+        migration: str,
+        how: Literal["postcopy", "pause"] = "pause",
+        *,
+        host: str,
+        **options: Unpack[CommandOptions],
+    ) -> Accepted:
+        """Finish a live migration at the guest's expense; ``host``: the source."""
+        args = {"instance": instance, "migration": migration, "how": how}
+        return self._command(host, "live_migration_force_complete", options, args)
+
+    def get_hypervisor(self, *, host: str) -> dict[str, Any]:
+        """What the hypervisor of ``host`` is."""
+        return self._query(host, "get_hypervisor", dict[str, Any], {})
+
+    def check_can_live_migrate_source(
+        self, instance: Instance, migration: Migration, data: MigrateData, *, host: str
+    ) -> MigrateData:
+        """A worker's, at the destination, to the source."""
+        args = {"instance": instance, "migration": migration, "data": data}
+        return self._query(host, "check_can_live_migrate_source", MigrateData, args, monitored=True)
+
+    def pre_live_migration(
+        self,
+        instance: Instance,
+        migration: Migration,
+        data: MigrateData,
+        disk_info: DiskInfo,
+        journal_id: str = "",
+        operation: str | None = None,
+        *,
+        host: str,
+    ) -> MigrateData:
+        """A worker's, at the source, to the destination: prepare. Long; asked again it goes on."""
+        args = {
+            "instance": instance,
+            "migration": migration,
+            "data": data,
+            "disk_info": disk_info,
+            "journal_id": journal_id,
+            "operation": operation,
+        }
+        return self._query(host, "pre_live_migration", MigrateData, args, monitored=True, extra=60)
+
     def resize_instance(
         self,
         instance: str,
@@ -308,6 +393,16 @@ class ComputeAPI:
     def peer_changed(self, instance: str, *, host: str) -> None:
         """Something about an instance has changed here. Nobody waits for an answer."""
         self._send(self._prepare(host, "peer_changed"), host, "peer_changed", {"instance": instance}, cast=True)
+
+    def list_leftovers(self, *, host: str) -> list[Finding]:
+        """What ``host`` has that belongs to nobody, and what waits there."""
+        return self._query(host, "list_leftovers", list[Finding], {}, monitored=True)
+
+    def repair_leftovers(
+        self, instance: str | None = None, *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """Remove what is left over of an instance where that is safe; without one, stale image locks."""
+        return self._command(host, "repair_leftovers", options, {"instance": instance})
 
     def get_console_output(self, instance: str, tail_bytes: int = 65_536, *, host: str) -> str:
         """The end of the guest's serial console."""

@@ -116,6 +116,8 @@ class HostResources:
     cpu_info: Mapping[str, Any] = field(default_factory=dict)
     boot_id: str = ""
     """Which boot of the host this is: another one than before means that no guest of before runs."""
+    instances_id: str = ""
+    """Which instances directory this is: the same on two hosts means that they share it. Empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,11 @@ class ComputeDriver(abc.ABC):
     def manage_image_cache(self, used_images: set[str]) -> list[str]:
         """Remove base images that no instance uses and nobody used for ``remove_unused_base_images_after`` seconds.
         Returns what was removed. Never touches a base on shared storage or one that a disk on this host names."""
+
+    def stale_image_locks(self, remove: bool = False) -> list[str]:
+        """Names of image locks that nobody holds and that no image goes with; with ``remove`` they go. They hinder
+        nobody. A driver without such locks has none."""
+        return []
 
     # --- one instance -------------------------------------------------------------------------------------------
 

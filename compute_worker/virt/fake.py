@@ -98,6 +98,7 @@ class FakeDriver(ColdMoves, LiveMoves, Snapshots):
                 cpu_model=host.cpu_model,
                 machine_arch=host.machine_arch,
                 boot_id=host.boot_id,
+                instances_id=host.name,
             )
 
     def list_instances(self) -> list[GuestInfo]:

@@ -64,6 +64,11 @@ class Cell:
         record = instance or self[migration.source_host].instance(UUID)
         return self[migration.dest_host].send("prep_resize", record, migration, operation=OPERATION)
 
+    def migrate(self, **changes) -> str:
+        """Send ``live_migration``; the operation's uuid."""
+        migration = self.migration(new_flavor=None, migration_type="live-migration", **changes)
+        return self[SOURCE].send("live_migration", UUID, migration, operation=OPERATION)
+
     def resized(self) -> None:
         """Resize and wait until both hosts have recorded it."""
         self.resize()

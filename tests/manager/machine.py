@@ -130,6 +130,11 @@ class Machine:
         endpoint = next(e for e in self.worker.endpoints if hasattr(e, method))
         return getattr(endpoint, method)(self.context(), *args, **kwargs).operation
 
+    def ask(self, method: str, *args, **kwargs):
+        """Ask one question; its answer."""
+        endpoint = next(e for e in self.worker.endpoints if hasattr(e, method))
+        return getattr(endpoint, method)(self.context(), *args, **kwargs)
+
     def outcome(self, operation: str, wait: float = 15):
         """The operation once it is final."""
         found = self.worker.operations.get(operation, wait)
