@@ -34,7 +34,8 @@ ANSWER_SECONDS = 30.0
 """Silence after which a server is taken for dead."""
 FLUSH_SECONDS = 300.0
 """A flush may wait for a slow disk to take what has piled up."""
-IN_FLIGHT = 8
+IN_FLIGHT = 4
+"""Requests of one connection that are not answered yet; the server holds the bytes of each in memory."""
 
 
 class NbdError(Exception):

@@ -19,7 +19,8 @@ from compute_worker.virt.libvirt.transfer.extents import Extent
 from compute_worker.virt.libvirt.transfer.nbd import HEADER, Connection
 from compute_worker.virt.libvirt.transfer.pace import Pace
 
-CHUNK = 1 << 20
+CHUNK = 2 << 20
+"""Bytes in one request. Measured against qemu-nbd 7.2: with 1 MiB both sides need half as much processor time again."""
 _LOOK_SECONDS = 0.25
 _RECORD_SECONDS = 0.5
 _ALIVE_SECONDS = 10.0
