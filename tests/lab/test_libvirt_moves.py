@@ -19,7 +19,7 @@ from tests.lab.test_libvirt_driver import run_inside
 from tests.lab.worker import REPOSITORY
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1_300)]
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _show(log: Path) -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "count", "seconds"),
-    [("TestColdMove", 40, 850), ("not TestColdMove and not tls and not warm", 6, 400), ("warm and not tls", 9, 400)],
+    [("TestColdMove", 40, 1_200), ("not TestColdMove and not tls and not warm", 6, 700), ("warm and not tls", 9, 900)],
     ids=["contract", "guests", "warm"],
 )
 def test_moves(cell: Cell, lab_guest: GuestImages, chosen: str, count: int, seconds: float) -> None:
