@@ -90,6 +90,18 @@ def test_last_use_is_the_lock_files_time(tmp_path: Path) -> None:
     assert locks.last_used("base") > 1_600_000_000
 
 
+def test_names_are_those_of_the_files(tmp_path: Path) -> None:
+    locks = NamedLocks(tmp_path)
+    for name in ("one", "two.raw"):
+        with locks.try_hold(name):
+            assert name in locks.names()
+    (tmp_path / "other").touch()
+    (tmp_path / ".hidden.lock").touch()
+    assert locks.names() == {"one", "two.raw"}
+    locks.forget("one")
+    assert locks.names() == {"two.raw"}
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x\0", "a" * 201])
 def test_names_stay_inside(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="lock name"):

@@ -153,4 +153,14 @@ SCENES = [
         _P.RUNNING,
         {"restore": 1, "boot": 0},
     ),
+    Scene(
+        "repair-leftovers",
+        "repair_leftovers",
+        nothing,
+        lambda machine: machine.send("repair_leftovers", operation=OPERATION),
+        _D,
+        None,
+        _P.NOSTATE,
+        {"boot": 0},
+    ),
 ]

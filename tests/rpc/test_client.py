@@ -10,8 +10,7 @@ import msgspec
 import pytest
 
 from compute_worker import errors, logcontext
-from compute_worker.manager.inventory import InventoryEndpoint
-from compute_worker.manager.lifecycle import LifecycleEndpoint
+from compute_worker.manager.service import ENDPOINTS
 from compute_worker.messages import Message, MessageKind, messages_of
 from compute_worker.objects import Flavor, ImageMeta, InjectedFile, Instance
 from compute_worker.rpc import client
@@ -19,7 +18,6 @@ from compute_worker.rpc.client import CommandOptions, ComputeAPI
 from compute_worker.rpc.transport import get_transport
 from tests.rpc.hosts import UUID, Host
 
-ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint)
 MESSAGES = [message for endpoint in ENDPOINTS for message, _ in messages_of(endpoint)]
 BROADCAST = {"announce"}
 ONE = UUID.format(1)

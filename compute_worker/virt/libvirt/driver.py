@@ -205,6 +205,10 @@ class LibvirtDriver(Unsupported):
         """Bases that nobody names and nobody used for long."""
         return self._deeds.disks.cache.prune(used_images)
 
+    def stale_image_locks(self, remove: bool = False) -> list[str]:
+        """Lock files of images that never came, or are gone."""
+        return self._deeds.disks.cache.stale_locks(remove)
+
     # --- one instance -------------------------------------------------------------------------------------------
 
     def get_info(self, uuid: str) -> GuestInfo:

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from compute_worker.images import files
@@ -16,6 +17,7 @@ from compute_worker.virt.libvirt.host import Host
 
 LOG = logging.getLogger(__name__)
 _GIB = 1 << 30
+ID_FILE = "directory.id"
 _MAX_AGE = 10.0
 
 
@@ -60,7 +62,30 @@ class Resources:
                 "domain_type": facts.domain_type,
             },
             boot_id=boot_id(),
+            instances_id=instances_id(self._instances),
         )
+
+
+def instances_id(directory: Path) -> str:
+    """Which instances directory this is: written into it once, by whichever host is first. Empty: not readable.
+
+    It stands in a file, so that hosts that see the same directory see the same id; a copy of a directory has it too.
+    """
+    path = directory / ID_FILE
+    try:
+        if not path.exists():
+            part = directory / f"{ID_FILE}-{uuid.uuid4()}"
+            part.write_text(f"{uuid.uuid4()}\n")
+            try:
+                os.link(part, path)
+            except FileExistsError:
+                LOG.debug("%s: another host was first", path)
+            finally:
+                part.unlink()
+        return path.read_text().strip()
+    except OSError as exc:
+        LOG.warning("%s: %s: it is not known whether other hosts share this directory", path, exc.strerror)
+        return ""
 
 
 def can_direct_io(directory: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from compute_worker import errors
 from compute_worker.virt.boot import boot_id
 from compute_worker.virt.libvirt import resources
-from compute_worker.virt.libvirt.resources import Resources, can_direct_io
+from compute_worker.virt.libvirt.resources import ID_FILE, Resources, can_direct_io, instances_id
 
 
 def test_resources_of_the_host(host: Any, tmp_path: Path) -> None:
@@ -51,3 +52,35 @@ def test_direct_io_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(errors.Broken, match="nosuch"):
         can_direct_io(tmp_path / "nosuch")
+
+
+def test_the_directory_says_which_it_is(host: Any, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    assert Resources(host, one).get().instances_id == instances_id(one) != instances_id(other) != ""
+    assert [path.name for path in one.iterdir()] == [ID_FILE]
+    (tmp_path / "mounted").symlink_to(one)
+    assert instances_id(tmp_path / "mounted") == instances_id(one), "another host that sees the same files"
+
+
+def test_hosts_that_come_at_once_agree(tmp_path: Path) -> None:
+    start, seen = threading.Barrier(8), []
+
+    def look() -> None:
+        start.wait()
+        seen.append(instances_id(tmp_path))
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 8 and len(set(seen)) == 1 and seen[0]
+    assert [path.name for path in tmp_path.iterdir()] == [ID_FILE]
+
+
+def test_an_id_that_cannot_be_read_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / ID_FILE).mkdir()
+    assert instances_id(tmp_path) == ""
+    assert instances_id(tmp_path / "nosuch") == ""

@@ -142,6 +142,19 @@ class ImageCache:
                 if not (self._directory.base / name).exists():
                     self._locks.forget(name)
 
+    def stale_locks(self, remove: bool = False) -> list[str]:
+        """Locks that nobody holds and that neither a base nor its beginnings go with; with ``remove`` they go."""
+        found = []
+        for name in sorted(self._locks.names()):
+            with self._locks.try_hold(name) as held:
+                paths = (self._directory.base / name, self._part(name), self._raw_part(name))
+                if not held or any(os.path.lexists(path) for path in paths):
+                    continue
+                found.append(name)
+                if remove:
+                    self._locks.forget(name)
+        return found
+
     def prune(self, used_images: set[str], now: float | None = None) -> list[str]:
         """Remove bases, and unfinished downloads, that no record here names, no ``used_images`` (ids) names and nobody
         used for ``remove_unused_base_images_after`` seconds. Returns their names. On shared storage: none, since other

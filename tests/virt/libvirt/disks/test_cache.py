@@ -288,3 +288,18 @@ def test_a_death_between_the_two_names_of_a_sent_base(host: DiskBuilder, job: Jo
     os.link(sent, base)
     host.cache.adopt(base.name, sent, job)
     assert (base.read_bytes(), sent.exists()) == (DATA, False)
+
+
+def test_locks_that_no_image_goes_with(host: DiskBuilder, job: Job) -> None:
+    kept = host.cache.ensure(image(), job)
+    locks = host.cache._locks
+    for name in ("gone", "begun", "held"):
+        with locks.try_hold(name):
+            assert locks.path(name).exists()
+    (host.directory.base / "begun.part").touch()
+    with locks.try_hold("held"):
+        assert host.cache.stale_locks() == ["gone"]
+        assert locks.path("gone").exists(), "it was only listed"
+        assert host.cache.stale_locks(remove=True) == ["gone"]
+    assert host.cache.stale_locks() == ["held"]
+    assert {"begun", kept.name} <= locks.names() and not locks.path("gone").exists()
