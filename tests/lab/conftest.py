@@ -15,6 +15,7 @@ from tests.lab.node import Node
 from tests.lab.requirements import missing
 
 LOGS_VARIABLE = "LAB_LOGS"
+pytest.register_assert_rewrite("tests.lab.killcell", "tests.lab.movecell")
 
 IN_MAKE_TEST = frozenset({
     "test_lab.py::test_up_in_seconds_and_down_leaves_nothing",

@@ -1,4 +1,4 @@
-"""One host of the cell under a real worker that dies: commands over RabbitMQ, and what became of them, from outside."""
+"""Hosts of the cell under real workers that die: commands over RabbitMQ, and what became of them, from outside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.lab.cell import Cell  # noqa: E402
 from tests.lab.guest_images import MEMORY_MIB, GuestImages  # noqa: E402
 from tests.lab.rabbit import ADMINISTRATOR, broker_url  # noqa: E402
 from tests.lab.settings import CONFIG_FILE, IMAGES_PATH  # noqa: E402
-from tests.lab.worker import REPOSITORY, Worker  # noqa: E402
+from tests.lab.worker import REPOSITORY, Config, Worker, merge_config  # noqa: E402
 from tests.waiting import wait_for  # noqa: E402
 
 HOST = "node1"
@@ -41,17 +41,41 @@ ENDS = ("end", "error")
 PATIENCE = 90.0
 
 
-class KillHost:
-    """``node1`` with its worker, which is started again whenever it died, as systemd would."""
+class Notifications:
+    """What the workers of a cell notified so far, each message once."""
 
-    def __init__(self, cell: Cell, images: GuestImages, api: ComputeAPI, amqp: str) -> None:
-        self.cell = cell
-        self.node = cell[HOST]
-        self.api = api
-        self.deaths = 0
-        self.mark = f"/run/compute-worker/{uuid.uuid4().hex[:8]}"
+    def __init__(self, amqp: str) -> None:
         self._amqp = amqp
         self._said: dict[str, dict[str, Any]] = {}
+
+    def of(self, instance: Instance) -> list[dict[str, Any]]:
+        with kombu.Connection(self._amqp) as connection:
+            for priority in ("info", "error"):
+                queue = kombu.Queue(f"compute_notifications.{priority}", no_declare=True)
+                try:
+                    bound = queue(connection.channel())
+                    while (message := bound.get(no_ack=True)) is not None:
+                        said = json.loads(json.loads(message.body)["oslo.message"])
+                        self._said[said["message_id"]] = said
+                except NotFound:
+                    continue
+        return [said for said in self._said.values() if said["payload"].get("instance") == instance.uuid]
+
+
+class KillHost:
+    """A host with its worker, which is started again whenever it died, as systemd would; so are those of ``others``."""
+
+    def __init__(
+        self, cell: Cell, images: GuestImages, api: ComputeAPI, notifications: Notifications, name: str = HOST
+    ) -> None:
+        self.cell = cell
+        self.name = name
+        self.node = cell[name]
+        self.api = api
+        self.deaths = 0
+        self.others: list[KillHost] = []
+        self.mark = ""
+        self._notifications = notifications
         self._worker: Worker | None = None
         self.image = ImageMeta(
             id=images.data_qcow2.name, disk_format="qcow2", os_type="linux",
@@ -65,11 +89,12 @@ class KillHost:
         assert self._worker is not None, "no worker was started"
         return self._worker
 
-    def start(self, *, kill_at: str = "", hold_at: str = "") -> None:
+    def start(self, *, kill_at: str = "", hold_at: str = "", config: Config | None = None) -> None:
         """Start the worker; it dies, or waits, at these points (see ``killing_worker``)."""
+        self.mark = f"/run/compute-worker/{uuid.uuid4().hex[:8]}"
         env = {"LAB_KILL_AT": kill_at, "LAB_HOLD_AT": hold_at, "LAB_MARKS": self.mark, "PYTHONPATH": str(REPOSITORY)}
         argv = [sys.executable, "-m", "tests.lab.killing_worker", "--config-file", CONFIG_FILE]
-        self._worker = self.cell.start_worker(HOST, CONFIG, env, argv=argv)
+        self._worker = self.cell.start_worker(self.name, merge_config(CONFIG, config or {}), env, argv=argv)
         self.worker.wait_ready()
 
     def stop(self) -> None:
@@ -78,10 +103,11 @@ class KillHost:
         self.cell.workers.remove(self.worker)
 
     def revive(self) -> None:
-        """Start it again where it died."""
-        if not self.worker.running:
-            self.deaths += 1
-            self.worker.start()
+        """Start it again where it died; also the others'. A host that is off stays so."""
+        for host in (self, *self.others):
+            if not host.worker.running and host.node.ns.alive:
+                host.deaths += 1
+                host.worker.start()
 
     def wait_held(self, point: str) -> None:
         wait_for(self.node.path(f"{self.mark}/{point}.held").exists, PATIENCE, f"the worker to come to {point}")
@@ -115,7 +141,7 @@ class KillHost:
         def answered() -> bool:
             self.revive()
             try:
-                getattr(self.api, method)(*arguments, host=HOST, operation=operation, **named)
+                getattr(self.api, method)(*arguments, host=self.name, operation=operation, **named)
             except (errors.PeerUnavailable, errors.MessageUndeliverable):
                 return False
             return True
@@ -129,7 +155,7 @@ class KillHost:
         def ended() -> Operation | None:
             self.revive()
             try:
-                found = self.api.get_operation(operation, host=HOST)
+                found = self.api.get_operation(operation, host=self.name)
             except (errors.PeerUnavailable, errors.MessageUndeliverable):
                 return None
             return found if found.state.final else None
@@ -168,38 +194,30 @@ class KillHost:
         boots = self.wait_ticks(instance, boot=boot)
         assert [b.number for b in boots] == list(range(1, boot + 1))
         assert oracle.continuity_problems(self.console(instance)) == []
-        assert oracle.where_running(self.cell.nodes.values())[instance.uuid] == [HOST]
+        assert oracle.where_running(self.cell.nodes.values())[instance.uuid] == [self.name]
         found = oracle.domains(self.node)[instance.uuid]
         assert (found.state, found.persistent) == ("running", True)
-        record = self.api.get_instance(instance.uuid, host=HOST)
+        record = self.api.get_instance(instance.uuid, host=self.name)
         assert (record.vm_state, record.task_state, record.power_state) == ("active", None, "running")
 
     def assert_gone(self) -> None:
         """Nothing of any instance is on the host, and nothing is claimed."""
         assert oracle.leftovers(self.node) == []
-        assert self.api.list_instances(host=HOST) == []
-        assert self.api.get_host_state(host=HOST).memory_mb.used == 0
+        assert self.api.list_instances(host=self.name) == []
+        assert self.api.get_host_state(host=self.name).memory_mb.used == 0
 
     def notified(self, instance: Instance) -> list[dict[str, Any]]:
         """What was notified of the instance so far, each message once."""
-        with kombu.Connection(self._amqp) as connection:
-            for priority in ("info", "error"):
-                queue = kombu.Queue(f"compute_notifications.{priority}", no_declare=True)
-                try:
-                    bound = queue(connection.channel())
-                    while (message := bound.get(no_ack=True)) is not None:
-                        said = json.loads(json.loads(message.body)["oslo.message"])
-                        self._said[said["message_id"]] = said
-                except NotFound:
-                    continue
-        return [said for said in self._said.values() if said["payload"].get("instance") == instance.uuid]
+        return self._notifications.of(instance)
 
     def assert_ended_once(self, instance: Instance, operation: str, end: str) -> None:
         """The operation told its end exactly once, as ``instance.<event>.end`` or ``.error``."""
+        events = [f"{end.rpartition('.')[0]}.{word}" for word in ENDS]
 
         def ends() -> list[str]:
             return [said["event_type"] for said in self.notified(instance)
-                    if said["payload"].get("operation") == operation and said["event_type"].endswith(ENDS)]
+                    if said["payload"].get("operation") == operation and said["payload"]["host"] == self.name
+                    and said["event_type"] in events]
 
         assert wait_for(ends, 20.0, f"the notification of the end of {operation}") == [end]
 
@@ -207,6 +225,13 @@ class KillHost:
 @contextmanager
 def kill_host(cell: Cell, images: GuestImages) -> Iterator[KillHost]:
     """``node1``, its images in their store, a client on the cell's broker; no worker yet."""
+    with kill_hosts(cell, images, HOST) as (host,):
+        yield host
+
+
+@contextmanager
+def kill_hosts(cell: Cell, images: GuestImages, *names: str) -> Iterator[list[KillHost]]:
+    """Hosts that are started again with each other."""
     for path in (images.kernel, images.initrd, images.data_qcow2, images.boot_qcow2):
         if not Path(cell.state, "images", path.name).exists():
             cell.add_image(path)
@@ -215,7 +240,11 @@ def kill_host(cell: Cell, images: GuestImages) -> Iterator[KillHost]:
     transport = get_transport(broker_url("rabbit", ADMINISTRATOR, "127.0.0.1", relay.port, cell.rabbit.vhost))
     try:
         amqp = broker_url("amqp", ADMINISTRATOR, "127.0.0.1", relay.port, cell.rabbit.vhost)
-        yield KillHost(cell, images, ComputeAPI(transport, timeout=5.0, retry=1), amqp)
+        said, api = Notifications(amqp), ComputeAPI(transport, timeout=5.0, retry=1)
+        hosts = [KillHost(cell, images, api, said, name) for name in names]
+        for host in hosts:
+            host.others = [other for other in hosts if other is not host]
+        yield hosts
     finally:
         transport.cleanup()
         relay.close()

@@ -18,7 +18,7 @@ from tests.lab.node import Node
 SECTOR = 512
 LINUX_PARTITION = 0x83
 # What an instances directory may always hold; everything else belongs to an instance.
-SHARED_NAMES = frozenset({"_base", "locks"})
+SHARED_NAMES = frozenset({"_base", "locks", "directory.id"})
 OWN_INTERFACES = frozenset({"lo", "eth0", "br0"})
 
 
