@@ -57,7 +57,7 @@ def within(some: Sequence[Extent], begin: int, end: int) -> Iterator[Extent]:
     for first, last in some[max(0, bisect_right(some, (begin, begin)) - 1) :]:
         if first >= end:
             return
-        if last > begin:
+        if last > begin < end:
             yield max(first, begin), min(last, end)
 
 

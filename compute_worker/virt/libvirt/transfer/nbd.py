@@ -163,13 +163,13 @@ class Connection:
             asked = struct.pack(">I", len(name)) + name + struct.pack(">I", len(contexts)) + queries
             for kind, data in self._option(_OPT_META, asked):
                 if kind == _REP_META:
-                    self._contexts[data[4:].decode()] = struct.unpack(">I", data[:4])[0]
+                    self._contexts[data[4:].decode()] = _unpack(">I", data[:4])[0]
             missing = [c for c in contexts if c not in self._contexts]
             if missing:
                 raise NbdError(f"the server does not offer {', '.join(missing)}")
         for kind, data in self._option(_OPT_GO, struct.pack(">I", len(name)) + name + struct.pack(">H", 0)):
             if kind == _REP_INFO and data[:2] == b"\0\0":
-                self.size = struct.unpack(">Q", data[2:10])[0]
+                self.size = _unpack(">Q", data[2:10])[0]
 
     def _start_tls(self, tls: Tls) -> None:
         self._option(_OPT_STARTTLS, b"")
@@ -187,7 +187,7 @@ class Connection:
         self._send(struct.pack(">QII", _OPTION, option, len(data)) + data)
         replies: list[tuple[int, bytes]] = []
         while True:
-            magic, about, kind, length = struct.unpack(">QIII", self._receive(20))
+            magic, about, kind, length = _unpack(">QIII", self._receive(20))
             if magic != _OPTION_REPLY or about != option or length > _MAX_REPLY:
                 raise NbdError("the server's answer in the handshake is garbled")
             body = bytes(self._receive(length))
@@ -253,8 +253,8 @@ class Connection:
         found: list[Status] = []
         while True:
             flags, kind, body = self._chunk(handle, what)
-            if kind == _BLOCK_STATUS and struct.unpack(">I", body[:4])[0] == self._contexts[context]:
-                found = [Status(*pair) for pair in struct.iter_unpack(">II", body[4:])]
+            if kind == _BLOCK_STATUS and _unpack(">I", body[:4])[0] == self._contexts[context]:
+                found = [Status(*_unpack(">II", body[at : at + 8])) for at in range(4, len(body), 8)]
             if flags & 1:
                 del self._in_flight[handle]
                 return found
@@ -291,13 +291,13 @@ class Connection:
             self._one_reply()
 
     def _one_reply(self) -> None:
-        magic = struct.unpack(">I", self._receive(4))[0]
+        magic = _unpack(">I", self._receive(4))[0]
         if magic == _SIMPLE:
-            code, handle = struct.unpack(">IQ", self._receive(12))
+            code, handle = _unpack(">IQ", self._receive(12))
         elif magic == _STRUCTURED:
-            _, kind, handle, length = struct.unpack(">HHQI", self._receive(16))
+            _, kind, handle, length = _unpack(">HHQI", self._receive(16))
             body = self._receive(length) if length <= _MAX_REPLY else b""
-            code = struct.unpack(">I", body[:4])[0] if kind & _ERROR else 0
+            code = _unpack(">I", body[:4])[0] if kind & _ERROR else 0
         else:
             raise NbdError("the server's answer is garbled")
         what = self._in_flight.pop(handle, "")
@@ -306,38 +306,38 @@ class Connection:
 
     def _chunk(self, handle: int, what: str) -> tuple[int, int, bytes]:
         """One piece of a structured reply: flags, type, content."""
-        magic, flags, kind, about, length = struct.unpack(">IHHQI", self._receive(20))
+        magic, flags, kind, about, length = _unpack(">IHHQI", self._receive(20))
         if magic != _STRUCTURED or about != handle or length > _MAX_REPLY:
             raise NbdError("the server's answer is garbled")
         body = bytes(self._receive(length))
         if kind & _ERROR:
-            raise RequestFailed(what, struct.unpack(">I", body[:4])[0])
+            raise RequestFailed(what, _unpack(">I", body[:4])[0])
         return flags, kind, body
 
     def _reply(self, handle: int, what: str, buffer: memoryview, offset: int) -> bool:
         """One piece of the answer to a read; whether more follows."""
         if not self._structured:
-            magic, code, about = struct.unpack(">IIQ", self._receive(16))
+            magic, code, about = _unpack(">IIQ", self._receive(16))
             if magic != _SIMPLE or about != handle:
                 raise NbdError("the server's answer is garbled")
             if code:
                 raise RequestFailed(what, code)
             self._receive_into(buffer)
             return False
-        magic, flags, kind, about, length = struct.unpack(">IHHQI", self._receive(20))
+        magic, flags, kind, about, length = _unpack(">IHHQI", self._receive(20))
         if magic != _STRUCTURED or about != handle or length > _MAX_REPLY:
             raise NbdError("the server's answer is garbled")
         if kind == _DATA:
-            at = struct.unpack(">Q", self._receive(8))[0] - offset
+            at = _unpack(">Q", self._receive(8))[0] - offset
             if at < 0 or at + length - 8 > len(buffer):
                 raise NbdError("the server answers a read with other bytes")
             self._receive_into(buffer[at : at + length - 8])
         else:
             body = bytes(self._receive(length))
             if kind & _ERROR:
-                raise RequestFailed(what, struct.unpack(">I", body[:4])[0])
+                raise RequestFailed(what, _unpack(">I", body[:4])[0])
             if kind == _HOLE:
-                first, count = struct.unpack(">QI", body)
+                first, count = _unpack(">QI", body)
                 if first < offset or first - offset + count > len(buffer):
                     raise NbdError("the server answers a read with other bytes")
                 buffer[first - offset : first - offset + count] = bytes(count)
@@ -374,3 +374,11 @@ class Connection:
 
 
 _REFUSALS = {1: "unknown", 2: "forbidden", 3: "invalid", 4: "not possible", 5: "it wants TLS", 6: "no such export"}
+
+
+def _unpack(layout: str, data: bytes | bytearray) -> tuple[Any, ...]:
+    """:raises NbdError: the server sent less, or more, than that."""
+    try:
+        return struct.unpack(layout, data)
+    except struct.error:
+        raise NbdError("the server's answer is garbled") from None
