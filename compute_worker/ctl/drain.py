@@ -11,7 +11,7 @@ from typing import Any
 
 from compute_worker import errors
 from compute_worker.ctl.chain import Chain, Follower
-from compute_worker.ctl.context import Ctl
+from compute_worker.ctl.context import EXPIRY_SECONDS, Ctl
 from compute_worker.ctl.drainplan import How, Left, Move, Plan, plan, verdict
 from compute_worker.ctl.exits import Exit, UsageError
 from compute_worker.ctl.moves import migration_for
@@ -241,7 +241,7 @@ def _confirm_earlier(ctl: Ctl, host: str) -> dict[str, str]:
 
 def _options() -> CommandOptions:
     """What every command of a drain is sent with: each is an operation of its own."""
-    return {"operation": str(uuid.uuid4()), "expires_at": time.time() + 600.0}
+    return {"operation": str(uuid.uuid4()), "expires_at": time.time() + EXPIRY_SECONDS}
 
 
 # --- after ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compute_worker.ctl import commands, drain, movelist, moves, queries
+from compute_worker.ctl import commands, doctor, drain, movelist, moves, queries
 from compute_worker.ctl.connect import URL_VARIABLE
 from compute_worker.ctl.context import Ctl
 from compute_worker.ctl.exits import MEANING, Exit
@@ -99,6 +99,9 @@ MOVES: Mapping[str, Subcommand] = {
         opt("--confirm", action="store_true", help="confirm each move away from it, so that it keeps no copy"),
         opt("--reason", default=drain.REASON, metavar="TEXT", help="why it is disabled (default: being drained)"),
         CLEAN)),
+    "doctor": Subcommand(doctor.doctor, "what is left over on the hosts, and what would be done about it", (
+        opt("named_host", nargs="?", metavar="HOST", help="which; default: all"),
+        opt("--repair", action="store_true", help="remove what nobody needs, where that is safe"))),
 }
 
 SUBCOMMANDS: Mapping[str, Subcommand] = {

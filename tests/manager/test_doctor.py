@@ -72,7 +72,7 @@ def test_a_copy_that_waits_for_a_decision_is_kept(cell):
     cell.quiet()
     assert told(cell[SOURCE]) == {("resize", False, True), ("move", False, True)}
     assert told(cell[DESTINATION]) == {("move", False, True)}
-    with pytest.raises(errors.InvalidState, match="waits .*for confirm or revert"):
+    with pytest.raises(errors.InvalidState, match=r"waits .*for confirm or revert"):
         repair(cell[SOURCE])
     with pytest.raises(errors.InvalidState, match="is host node2's"):
         repair(cell[DESTINATION])
