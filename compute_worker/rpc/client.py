@@ -42,38 +42,11 @@ from compute_worker.objects import (
 )
 from compute_worker.rpc import transport as transports
 from compute_worker.rpc import wire
+from compute_worker.rpc.since import SINCE
 
 T = TypeVar("T")
 
 BUILD_EXPIRY_SECONDS = 3600.0
-SINCE: Mapping[str, str] = dict.fromkeys(
-    (
-        "prep_resize",
-        "confirm_resize",
-        "revert_resize",
-        "take_back_instance",
-        "forget_host",
-        "resize_instance",
-        "finish_resize",
-        "finish_revert_resize",
-        "settle_operation",
-        "get_migration",
-        "list_migrations",
-        "answer_peer",
-        "peer_changed",
-        "check_can_live_migrate_destination",
-        "check_can_live_migrate_source",
-        "get_hypervisor",
-        "live_migration",
-        "live_migration_abort",
-        "live_migration_force_complete",
-        "pre_live_migration",
-        "list_leftovers",
-        "repair_leftovers",
-    ),
-    "1.1",
-)
-"""Version that brought a message, where it is not ``1.0``: what a pinned client refuses to send."""
 
 
 class CommandOptions(TypedDict, total=False):
