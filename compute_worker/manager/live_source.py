@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -40,14 +41,14 @@ def admit(core: Core, tx: Tx, move: Move) -> bool:
     :raises InvalidState: the guest does not run.
     :raises InstanceBusy: another move of it is not over.
     """
-    uuid = move.migration.instance
-    core.store.forbid_deleted(tx, uuid)
-    for known in core.moves.of(tx, uuid):
-        raise errors.InstanceBusy(instance=uuid, operation=known.operation, kind=METHOD, phase=known.status.value)
-    instance = require_state(core.store, tx, uuid, METHOD)
+    wanted = move.migration.instance
+    core.store.forbid_deleted(tx, wanted)
+    for known in core.moves.of(tx, wanted):
+        raise errors.InstanceBusy(instance=wanted, operation=known.operation, kind=METHOD, phase=known.status.value)
+    instance = require_state(core.store, tx, wanted, METHOD)
     core.moves.put(tx, msgspec.structs.replace(move, instance=instance))
     begin(core.store, tx, instance, METHOD)
-    core.store.change(tx, uuid, migration=move.migration.uuid)
+    core.store.change(tx, wanted, migration=move.migration.uuid)
     return False
 
 
@@ -115,17 +116,28 @@ def _prepare(core: Core, run: Run) -> Result:
     assert move.migrate_data is not None
     disk_info = core.driver.get_instance_disk_info(leaving(move))
     host = move.migration.dest_host
-    data = core.peers.pre_live_migration(
-        leaving(move),
-        move.migration,
-        move.migrate_data,
-        disk_info,
-        core.database.journal_id,
-        operation=run.uuid,
-        host=host,
-    )
+    try:
+        data = core.peers.pre_live_migration(
+            leaving(move),
+            move.migration,
+            move.migrate_data,
+            disk_info,
+            core.database.journal_id,
+            operation=run.uuid,
+            host=host,
+        )
+    except errors.InstanceDeleted:
+        _delete_here(core, run)
+        raise
     _change(core, run, MigrationStatus.RUNNING, migrate_data=data)
     return {"migrate_data": objects.encode(data)}
+
+
+def _delete_here(core: Core, run: Run) -> None:
+    """A delete that the destination was sent before it had heard of the instance wins here too."""
+    run.explain(f"host {_move(core, run).other} was told to delete it: it is deleted here")
+    operation = str(uuid.uuid5(uuid.UUID(run.chain), "delete"))
+    core.peers.terminate_instance(run.instance or "", host=core.host, operation=operation)
 
 
 def _unprepare(core: Core, run: Run) -> None:
@@ -213,10 +225,10 @@ def _force(core: Core, move: Move) -> None:
         LOG.warning("instance %s: its migration was not forced: %s", move.instance.uuid, exc)
 
 
-def _info(core: Core, uuid: str) -> GuestInfo | None:
+def _info(core: Core, instance: str) -> GuestInfo | None:
     """The guest here, or ``None``."""
     try:
-        return core.driver.get_info(uuid)
+        return core.driver.get_info(instance)
     except errors.InstanceNotFound:
         return None
 
@@ -319,10 +331,10 @@ def _roll_back(core: Core, run: Run) -> None:
 
 def _commit(core: Core, tx: Tx, run: Run) -> None:
     move = core.moves.require(tx, run.chain, Side.SOURCE)
-    uuid = move.instance.uuid
-    if not core.store.is_deleted(tx, uuid):
-        core.claims.release(tx, uuid)
-        core.store.depart(tx, uuid, move.migration.dest_host)
+    left = move.instance.uuid
+    if not core.store.is_deleted(tx, left):
+        core.claims.release(tx, left)
+        core.store.depart(tx, left, move.migration.dest_host)
     core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.COMPLETED)
 
 

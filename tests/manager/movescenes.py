@@ -19,6 +19,8 @@ MOVE_KINDS = {
     "drop_resize",
     "revert_resize",
     "finish_revert_resize",
+    "live_migration",
+    "pre_live_migration",
 }
 
 
@@ -68,11 +70,27 @@ def copy_is_gone(cell: Cell) -> bool:
 _MOVE = ((DESTINATION, "prep_resize"), (SOURCE, "resize_instance"))
 _CONFIRM = ((DESTINATION, "confirm_resize"), (SOURCE, "drop_resize"))
 _REVERT = ((DESTINATION, "revert_resize"), (SOURCE, "finish_revert_resize"))
+_LIVE = ((SOURCE, "live_migration"), (DESTINATION, "pre_live_migration"))
 _V, _P, _D, _U = VmState, PowerState, OperationState.DONE, OperationState.UNDONE
 
 
 def _resize(cell: Cell) -> None:
     cell.resize()
+
+
+def _migrate(cell: Cell) -> None:
+    cell.migrate()
+
+
+def paused(cell: Cell) -> None:
+    cell.boot()
+    assert cell[SOURCE].do("pause_instance", UUID).state is OperationState.DONE
+
+
+def finish_is_slow(cell: Cell) -> None:
+    """A lost finish reply, and a source hypervisor that waits long before it lets its copy run on."""
+    cell.boot()
+    cell[SOURCE].host.finish_timeout = 20.0
 
 
 def failing(name: str, host: str, call: str, error: errors.ComputeError = BROKEN) -> MoveScene:
@@ -95,6 +113,25 @@ SCENES = [
     failing("resize-fails-in-send", SOURCE, "send_disk", FULL),
     failing("resize-fails-in-grow", DESTINATION, "grow_disks", FULL),
     failing("resize-fails-in-start", DESTINATION, "start"),
+    MoveScene(
+        "live", _migrate, OPERATION, DESTINATION, _V.ACTIVE, _P.RUNNING, _LIVE, outcome={SOURCE: _D, DESTINATION: _D}
+    ),
+    MoveScene(
+        "live-paused", _migrate, OPERATION, DESTINATION, _V.PAUSED, _P.PAUSED, _LIVE, paused,
+        outcome={SOURCE: _D, DESTINATION: _D},
+    ),
+    MoveScene(
+        "live-fails-in-flight", _migrate, OPERATION, SOURCE, _V.ACTIVE, _P.RUNNING, _LIVE,
+        fault=(DESTINATION, "receive", FULL), outcome={SOURCE: _U},
+    ),
+    MoveScene(
+        "live-fails-in-create", _migrate, OPERATION, SOURCE, _V.ACTIVE, _P.RUNNING, _LIVE,
+        fault=(DESTINATION, "create_disks", BROKEN), outcome={SOURCE: _U},
+    ),
+    MoveScene(
+        "live-finish-lost", _migrate, OPERATION, DESTINATION, _V.ACTIVE, _P.RUNNING, _LIVE, finish_is_slow,
+        fault=(SOURCE, "migrate_finish", BROKEN), outcome={SOURCE: _D, DESTINATION: _D},
+    ),
     MoveScene(
         "confirm", confirm, DECISION, DESTINATION, _V.ACTIVE, _P.RUNNING, _CONFIRM, resized,
         outcome={DESTINATION: _D}, settled=copy_is_gone,
