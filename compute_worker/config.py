@@ -185,6 +185,58 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class LiveMigration:
+    """[live_migration]: how a running guest gets from one host to another."""
+
+    scheme: str = option(
+        "auto",
+        "How this host's libvirt reaches another's: tls, tcp, ssh; auto: tls where the guest goes by TLS, else tcp.",
+        choices=("auto", "tls", "tcp", "ssh"),
+    )
+    tls: str = option(
+        "auto",
+        "Whether memory and disks go by TLS: auto: where both hosts have certificates (transfer.tls_dir); required: or "
+        "not at all; never.",
+        choices=("auto", "required", "never"),
+    )
+    inbound_addr: str = option(
+        "", "Address of this host that guests come to. Default: what libvirt takes (its migration_host)."
+    )
+    bandwidth_mb: int = option(0, "MiB a second that one guest's memory and disks may take; 0: no limit.", min=0)
+    parallel_connections: int = option(
+        1, "Connections that memory is sent over. Before QEMU 10.1 not together with permit_post_copy.", min=1, max=64
+    )
+    permit_post_copy: bool = option(
+        False,
+        "Whether a guest that does not converge may be switched over before its memory is there. While that goes on "
+        "it needs both hosts.",
+    )
+    permit_auto_converge: bool = option(
+        False, "Whether a guest that does not converge may be slowed down. Not used where post-copy is permitted."
+    )
+    max_downtime_ms: int = option(500, "Milliseconds a guest may stand still when it is switched over.", min=1)
+    downtime_steps: int = option(6, "Steps in which the permitted downtime grows while a guest stalls.", min=1, max=100)
+    downtime_delay: float = option(
+        5.0, "Seconds, for each GiB of the guest, that a permitted downtime has before the next.", min=0
+    )
+    completion_timeout: float = option(
+        150.0, "Seconds, for each GiB that is moved (at least 2), after which timeout_action is taken; 0: never.", min=0
+    )
+    timeout_action: str = option(
+        "abort",
+        "What becomes of a guest that took too long: abort: it stays; force_complete: post-copy where it is permitted, "
+        "else it stands still until it is there.",
+        choices=("abort", "force_complete"),
+    )
+    progress_timeout: float = option(
+        15.0, "Seconds without a byte sent after which a migration is aborted; 0: never.", min=0
+    )
+    allow_older_hypervisor: bool = option(
+        False, "Whether guests may come from a host with a newer hypervisor; their machine type must be known here."
+    )
+
+
+@dataclass(frozen=True)
 class Fake:
     """[fake]: the simulated host."""
 
@@ -215,6 +267,7 @@ class Settings:
     images: Images = field(default_factory=Images)
     libvirt: Libvirt = field(default_factory=Libvirt)
     transfer: Transfer = field(default_factory=Transfer)
+    live_migration: LiveMigration = field(default_factory=LiveMigration)
     fake: Fake = field(default_factory=Fake)
     telemetry: Telemetry = field(default_factory=Telemetry)
 

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compute_worker import errors
+from compute_worker.manager.inventory import InventoryEndpoint
+from compute_worker.manager.lifecycle import LifecycleEndpoint
 from compute_worker.manager.service import ENDPOINTS
 from compute_worker.messages import MessageKind, messages_of
 from compute_worker.objects import UUID_PATTERN
@@ -21,9 +23,16 @@ from tests.waiting import wait_for
 
 COMMANDS = {
     message.name: message
-    for endpoint in ENDPOINTS
+    for endpoint in (LifecycleEndpoint, InventoryEndpoint)
     for message, _ in messages_of(endpoint)
     if message.kind is MessageKind.COMMAND
+}
+"""What goes to one host. Moves need two, and are tried in ``test_bad_moves``."""
+MOVES = {
+    message.name: message
+    for endpoint in ENDPOINTS
+    for message, _ in messages_of(endpoint)
+    if message.name not in COMMANDS and message.kind is MessageKind.COMMAND
 }
 
 
@@ -308,3 +317,50 @@ def test_hosts_that_cannot_be_are_refused_before_anything_is_sent(cell: WatchedC
             cell.api.start_instance(ACTIVE, host=name)
     with pytest.raises(errors.MessageUndeliverable, match="node9"):
         cell.api.start_instance(ACTIVE, host="node9")
+
+
+MOVING = {"uuid": NOWHERE, "instance": ACTIVE, "source_host": "node1", "dest_host": "node2"}
+ANOTHER = {**MOVING, "source_host": "node2", "dest_host": "node1"}
+BAD_MOVES: list[tuple[str, dict[str, Any], type[errors.ComputeError]]] = [
+    ("prep_resize", {"instance": plain(ACTIVE), "migration": MOVING}, errors.InvalidCommand),
+    ("prep_resize", {"instance": plain(ACTIVE), "migration": ANOTHER}, errors.InstanceExists),
+    ("prep_resize", {"instance": plain(ACTIVE), "migration": {**ANOTHER, "dest_host": "../x"}}, errors.InvalidCommand),
+    ("prep_resize", {"instance": plain(ACTIVE), "migration": {**ANOTHER, "uuid": "x"}}, errors.InvalidCommand),
+    ("prep_resize", {"instance": plain(ACTIVE), "migration": {**ANOTHER, "attempt": 0}}, errors.InvalidCommand),
+    ("prep_resize", {"instance": plain(ACTIVE)}, errors.InvalidCommand),
+    ("resize_instance", {"instance": ACTIVE, "migration": ANOTHER}, errors.InvalidCommand),
+    ("resize_instance", {"instance": NOWHERE, "migration": MOVING}, errors.InvalidCommand),
+    ("finish_resize", {"instance": plain(FRESH), "migration": ANOTHER, "disk_info": {}}, errors.MigrationNotFound),
+    (
+        "finish_resize",
+        {"instance": plain(FRESH), "migration": ANOTHER, "disk_info": {"disks": [{"name": "../disk"}]}},
+        errors.InvalidCommand,
+    ),
+    ("confirm_resize", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
+    ("revert_resize", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
+    ("finish_revert_resize", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
+    ("take_back_instance", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
+    ("forget_host", {"forget": "node1"}, errors.InvalidState),
+    ("forget_host", {"forget": "node2"}, errors.InvalidState),
+    ("forget_host", {"forget": "-rf"}, errors.InvalidCommand),
+    ("live_migration", {"instance": ACTIVE, "migration": ANOTHER}, errors.InvalidCommand),
+    ("live_migration", {"instance": STOPPED, "migration": {**MOVING, "instance": STOPPED}}, errors.InvalidState),
+    ("live_migration_abort", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
+    ("live_migration_force_complete", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
+    ("live_migration_force_complete", {"instance": ACTIVE, "migration": NOWHERE, "how": "x"}, errors.InvalidCommand),
+    ("repair_leftovers", {"findings": "everything"}, errors.InvalidCommand),
+]
+
+
+@pytest.mark.parametrize(("method", "args", "error"), BAD_MOVES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("check_only", [False, True])
+def test_bad_moves(cell: WatchedCell, method: str, args: dict[str, Any], error: type, check_only: bool) -> None:
+    before = cell.state()
+    with pytest.raises(errors.ComputeError) as caught:
+        cell.call(method, {**args, "operation": new_uuid(), "check_only": check_only}, version="1.1")
+    assert type(caught.value) is error, caught.value
+    assert cell.state() == before
+
+
+def test_every_move_is_tried_badly() -> None:
+    assert {method for method, _, _ in BAD_MOVES} == set(MOVES)

@@ -185,8 +185,7 @@ class ResizeEndpoint:
         :raises InvalidState: ``destination_is_off`` is not said, the destination answers, or nothing was handed over.
         """
         core = self._core
-        if not check_only:
-            resize_force.require_silent(core, migration, destination_is_off)
+        resize_force.require_silent(core, migration, destination_is_off)
         finished = core.moves.get(migration, Side.SOURCE).status is MigrationStatus.FINISHED
         answer = accept(
             self._operations,
@@ -213,8 +212,7 @@ class ResizeEndpoint:
         """Close every move with a host that never returns: what was handed to it is taken back, what came from it is
         confirmed by whoever asks for it, and deletes wait for it no longer. Refused while it answers."""
         core = self._core
-        if not check_only:
-            resize_force.require_host_silent(core, forget)
+        resize_force.require_host_silent(core, forget)
         touched: list[str] = []
 
         def admit(tx: Tx) -> bool:
