@@ -188,8 +188,17 @@ class DiskInfo(Object, frozen=True, kw_only=True):
     """Whether source and destination see the same directory."""
 
 
+class BaseImage(Object, frozen=True, kw_only=True):
+    """A base that disks stand on, as the source has it."""
+
+    name: ImageId
+    size_bytes: Bytes
+    digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """sha256 of its size and blocks; empty where its name says what it holds."""
+
+
 class MigrateData(Object, frozen=True, kw_only=True):
-    """What the destination of a live migration tells the source."""
+    """What the two hosts of a live migration tell each other, before and after the destination prepared."""
 
     migration: Uuid
     block_migration: bool = False
@@ -197,11 +206,32 @@ class MigrateData(Object, frozen=True, kw_only=True):
     """Exactly the disks to copy."""
     shared_instance_path: bool = False
     listen_address: HostName | None = None
+    """Where the destination's libvirt is reached; ``None``: by its worker's name."""
     migrate_uri: Annotated[str, Meta(max_length=512, pattern=TEXT_PATTERN)] | None = None
     serial_ports: list[Annotated[int, Meta(ge=1, le=65_535)]] = []
     graphics_listen: HostName | None = None
     destination_xml: Annotated[str, Meta(max_length=262_144)] | None = None
     native_tls: bool = False
+    probe: Annotated[str, Meta(pattern=r"^(probe-[0-9a-f]{32})?\Z")] = ""
+    """A file that the destination made in its instances directory: a source that sees it shares the directory."""
+    probe_content: Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}\Z")] = ""
+    disk_over_commit: bool = False
+    """Whether room is asked for what disks occupy, not for what they may grow to."""
+    disk_available_bytes: Bytes | None = None
+    """Room at the destination when it was asked."""
+    machine: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}\Z")] = ""
+    """Machine type of the running guest."""
+    cpu_xml: Annotated[str, Meta(max_length=65_536)] = ""
+    """Processor of the running guest, as the hypervisor describes it."""
+    bases: Annotated[list[BaseImage], Meta(max_length=32)] = []
+    files: dict[ImageId, Annotated[str, Meta(max_length=524_288)]] = {}
+    """Small files that the hypervisor does not move (the config drive): zlib, then base64."""
+    full_copy: bool = False
+    """Whether whole disks travel, since the destination lacks what they stand on."""
+    instance_path: Annotated[str, Meta(max_length=4096, pattern=TEXT_PATTERN)] = ""
+    """The instance's directory at the destination."""
+    base_path: Annotated[str, Meta(max_length=4096, pattern=TEXT_PATTERN)] = ""
+    """The directory of bases at the destination."""
 
 
 class Progress(Object, frozen=True, kw_only=True):

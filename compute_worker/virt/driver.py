@@ -182,6 +182,8 @@ class JobStatistics:
     """Measured when completed, else expected."""
     elapsed: float | None = None
     postcopy: bool = False
+    throttle: int | None = None
+    """Percent by which the guest is slowed down so that it converges."""
 
 
 Peer = Callable[[Mapping[str, Any]], Mapping[str, Any]]

@@ -6,20 +6,23 @@ from typing import Any
 
 from compute_worker.objects import Instance
 from compute_worker.virt.driver import ComputeDriver
+from tests.lab import oracle
 from tests.lab.agent import Remote, RemoteDriver
 from tests.lab.libvirt_world import LibvirtWorld
 from tests.virt.jobs import RecordingJob
-from tests.virt.world import RESIZE, run
+from tests.virt.world import LIVE, RESIZE, run
+from tests.waiting import wait_for
 
 
 class TwoHosts(LibvirtWorld):
     """See :class:`tests.virt.world.World`. Both drivers have the same options of [transfer]."""
 
-    supports = frozenset({RESIZE})
+    supports = frozenset({RESIZE, LIVE})
 
     def __init__(self, **transfer: Any) -> None:
         super().__init__()
         self.remote = Remote(self.b)
+        self._tokens: dict[str, str] = {}
         self.use(transfer)
         self.remote.call("use", transfer)
         self.remote.call("restart")
@@ -49,6 +52,19 @@ class TwoHosts(LibvirtWorld):
 
     def console(self, host: str, uuid: str) -> str:
         return str(self._ask("console", host, uuid))
+
+    def memory(self, host: str, uuid: str) -> tuple[str, int]:
+        """A guest that came running tells of no boot: it has the token that it had before."""
+
+        def ticked() -> tuple[str, int] | None:
+            boots = oracle.boots(self.console(host, uuid))
+            if not boots or not boots[-1].ticks:
+                return None
+            if boots[-1].number:
+                self._tokens[uuid] = str(boots[-1].number)
+            return self._tokens.get(uuid, "0"), boots[-1].ticks[-1]
+
+        return wait_for(ticked, 60, f"{uuid} to tick on {host}") or ("", 0)
 
     def content(self, host: str, uuid: str, name: str, suffix: str = "") -> str:
         return str(self._ask("content", host, uuid, name, suffix))

@@ -13,7 +13,7 @@ from typing import Any
 
 from compute_worker import errors
 from compute_worker.config import Settings
-from compute_worker.objects import Diagnostics, DiskInfo, Instance, Migration
+from compute_worker.objects import Diagnostics, DiskInfo, Instance, MigrateData, Migration
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import (
     DriverEvent,
@@ -41,6 +41,9 @@ from compute_worker.virt.libvirt.events import Event
 from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.host import Host
 from compute_worker.virt.libvirt.later import Unsupported
+from compute_worker.virt.libvirt.livemigration_checks import LiveMigrationChecks
+from compute_worker.virt.libvirt.livemigration_destination import LiveMigrationDestination
+from compute_worker.virt.libvirt.livemigration_source import LiveMigrationSource
 from compute_worker.virt.libvirt.power import Power
 from compute_worker.virt.libvirt.resources import Resources, can_direct_io
 from compute_worker.virt.libvirt.spawn import Spawner
@@ -77,6 +80,9 @@ class LibvirtDriver(Unsupported):
         self._source = ColdMoveSource(self._deeds, self._power, warm)
         self._verdict = ColdMoveVerdict(self._deeds, warm)
         self._destination = ColdMoveDestination(self._deeds, self._receiver)
+        self._checks = LiveMigrationChecks(self._deeds)
+        self._arriving = LiveMigrationDestination(self._deeds)
+        self._leaving = LiveMigrationSource(self._deeds, warm, self._forget)
         self._resources = Resources(self._host, Path(settings.instances_path))
         self._listeners: tuple[Callable[[DriverEvent], None], ...] = ()
 
@@ -311,10 +317,67 @@ class LibvirtDriver(Unsupported):
         """``restore_files, plug_vifs, define, start_paused``."""
         return self._verdict.revert_parts(instance, migration)
 
-    # --- statistics ---------------------------------------------------------------------------------------------
+    # --- live migration -----------------------------------------------------------------------------------------
+
+    def check_can_live_migrate_destination(
+        self, instance: Instance, migration: Migration, source: HostResources, disk_over_commit: bool
+    ) -> MigrateData:
+        """Hosts are compared; the guest itself is, when it is prepared for."""
+        return self._checks.destination(instance, migration, source, disk_over_commit)
+
+    def check_can_live_migrate_source(self, instance: Instance, migration: Migration, data: MigrateData) -> MigrateData:
+        """Adds what the running guest is; asks libvirt and the file system."""
+        return self._checks.source(instance, migration, data)
+
+    def pre_live_migration(
+        self, instance: Instance, migration: Migration, data: MigrateData, disk_info: DiskInfo
+    ) -> list[Part]:
+        """``make_directory, fetch_images, create_disks, plug_vifs, open_target``."""
+        return self._arriving.parts(instance, migration, data, disk_info)
+
+    def live_migration(self, instance: Instance, migration: Migration, data: MigrateData, job: Job) -> None:
+        """By libvirt, from host to host."""
+        self._leaving.migrate(instance, migration, data, job)
+
+    def live_migration_abort(self, instance: Instance) -> None:
+        """Ends well when nothing is in the air."""
+        self._leaving.abort(instance)
+
+    def live_migration_force_complete(self, instance: Instance, postcopy: bool) -> None:
+        """At once.
+
+        :raises InvalidState: nothing is in the air.
+        """
+        self._leaving.force_complete(instance, postcopy)
 
     def get_job_statistics(self, uuid: str) -> JobStatistics:
-        """Of the job that runs, else of the last one that ended."""
-        guest = self._deeds.guest(uuid)
-        running = guest.job_stats()
-        return running if running.type != "none" else guest.job_stats(completed=True)
+        """Of the job that runs, else of the last one that ended (not after post-copy: libvirt keeps none).
+
+        :raises InstanceNotFound: there is no such guest.
+        """
+        return self._leaving.statistics(uuid)
+
+    def post_live_migration(self, instance: Instance, migration: Migration, data: MigrateData) -> None:
+        """Never touches a guest that runs here."""
+        self._leaving.post(instance, migration, data)
+
+    def post_live_migration_at_destination(self, instance: Instance, migration: Migration) -> None:
+        """Defined anew from its record, with this host as owner."""
+        self._arriving.post(instance, migration)
+
+    def rollback_live_migration_at_source(self, instance: Instance, migration: Migration) -> None:
+        """Ends what is in the air; lets a guest run that stood still for it."""
+        self._leaving.rollback(instance, migration)
+
+    def rollback_live_migration_at_destination(
+        self, instance: Instance, migration: Migration, data: MigrateData | None
+    ) -> None:
+        """A guest that came is no leftover: then nothing is removed.
+
+        :raises InvalidState: it is here.
+        """
+        self._arriving.rollback(instance, migration)
+
+    def _forget(self, uuid: str) -> None:
+        self._console.forget(uuid)
+        self._receiver.abandon(uuid)

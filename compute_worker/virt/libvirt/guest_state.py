@@ -103,6 +103,7 @@ def job_statistics(stats: Mapping[str, Any], *, postcopy: bool = False) -> JobSt
         downtime=_seconds(stats, libvirt.VIR_DOMAIN_JOB_DOWNTIME),
         elapsed=_seconds(stats, libvirt.VIR_DOMAIN_JOB_TIME_ELAPSED),
         postcopy=postcopy,
+        throttle=stats.get(libvirt.VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE),
     )
 
 

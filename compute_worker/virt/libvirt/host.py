@@ -19,6 +19,10 @@ from compute_worker.virt.libvirt.faults import Call, code_of, translated
 from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.kvm import KVM_DEVICE, choose_domain_type, probe_kvm
 
+_CANNOT_COMPARE = frozenset(
+    {libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_CONFIG_UNSUPPORTED}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
@@ -242,6 +246,26 @@ class Host:
         """Whether a guest with this ``<cpu>`` (another host's model) can run here."""
         with self.calling("comparing CPUs") as conn:
             return bool(conn.compareCPU(cpu_xml, 0) != libvirt.VIR_CPU_COMPARE_INCOMPATIBLE)
+
+    def compare_guest_cpu(self, cpu_xml: str, machine: str) -> tuple[bool, str]:
+        """Whether a guest that runs elsewhere with this ``<cpu>`` could run here, and why (not).
+
+        By what libvirt knows this host's hypervisor gives to guests of the host's domain type; where it cannot say
+        that (an emulated processor on some versions), a guest is not refused: libvirt compares again when it arrives.
+        """
+        facts = self.facts()
+        with self.calling("comparing the guest's processor") as conn:
+            try:
+                result = conn.compareHypervisorCPU(None, facts.arch, machine or None, facts.domain_type, cpu_xml, 0)
+            except libvirt.libvirtError as exc:
+                if code_of(exc) in _CANNOT_COMPARE:
+                    return True, f"libvirt cannot compare processors here ({exc})"
+                if code_of(exc) == libvirt.VIR_ERR_CPU_INCOMPATIBLE:
+                    return False, str(exc)
+                raise
+        if result == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
+            return False, "the hypervisor here cannot give it the processor that it has"
+        return True, "the hypervisor here gives the same processor"
 
     # Guests.
 
