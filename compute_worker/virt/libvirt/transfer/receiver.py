@@ -45,6 +45,7 @@ class Receiver:
     def __init__(self, settings: Settings, directory: InstancesDirectory) -> None:
         self._options = settings.transfer
         self._group = settings.libvirt.disk_owner_group
+        self._tls = Path(settings.compute.state_path, "tls")
         self._listening = Listening.parse(self._options.listen_address, self._options.ports)
         self._arrivals = Arrivals(directory)
         self._qemu_img = QemuImg(settings.images.qemu_img_cpu_seconds, settings.images.qemu_img_memory_mb)
@@ -318,7 +319,7 @@ class Receiver:
         if not secured and not self._options.nbd_plaintext:
             raise errors.NotSupported(what="receiving disks over NBD without certificates (transfer.tls_dir)")
         options = [
-            *(tls.server_options(self._options.tls_dir) if secured else ()),
+            *(tls.server_options(tls.server_directory(self._options.tls_dir, self._tls)) if secured else ()),
             f"--shared={self._options.streams + 1}",
             f"--export-name={name}",
             *target,
