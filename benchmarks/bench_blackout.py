@@ -4,8 +4,8 @@ where it is.
 
 Off is from the moment the worker begins to shut it down until its processors run at the destination, by the clock of
 both hypervisors' own events. The guest's shutdown is its own, so the goal is set for what comes after it: 0.5 s and the
-bytes that are still to be sent, at the speed of ``qemu-img convert`` in the same run. What the guest itself sees, the gap
-between two ticks of its counter, holds its boot too, which is the same where it never left.
+bytes that are still to be sent, at the speed of ``qemu-img convert`` in the same run. What the guest itself sees, the
+gap between two ticks of its counter, holds its boot too, which is the same where it never left.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from compute_worker.objects import Operation, StepRecord
 from compute_worker.operations.database import Database
 from compute_worker.operations.schema import SCHEMA
+from compute_worker.states import OperationState
 from compute_worker.virt.simulated.host import SimulatedHost
 from tests.lab.rabbit import BIN
 from tests.lab.requirements import missing
@@ -22,8 +24,11 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_accept  # noqa: E402
+import bench_blackout  # noqa: E402
 import bench_casts  # noqa: E402
 import common  # noqa: E402
+import lab_moves  # noqa: E402
+import moves  # noqa: E402
 
 NEEDS_BROKER = {
     "bench_casts.py": (["--casts", "40", "--kills", "3", "--window", "4"], {"lost", "effects_twice", "rate"}),
@@ -36,7 +41,23 @@ NEEDS_BROKER = {
         {"ready_s", "healthy_s", "rss_rest_mib", "rss_after_mib", "threads_rest", "idle_cores"},
     ),
     "bench_boot_cpu.py": (["--boots", "4", "--warm", "1"], {"boot_cpu_ms", "broker_cpu_ms", "boots_per_s"}),
+    "bench_resize_cpu.py": (
+        ["--resizes", "2", "--warm", "1", "--at-once", "4"],
+        {"memory_resize_cpu_ms", "rabbitmq_resize_cpu_ms", "rabbitmq_confirm_cpu_ms", "rabbitmq_at_once_s"},
+    ),
 }
+NEEDS_LAB = {
+    "bench_spawn.py": (["--rounds", "1"], {"worker_s", "bare_s", "overhead_s", "cold_s"}),
+    "bench_transfer.py": (
+        ["--mib", "4", "--rounds", "1"],
+        {"nbd_bytes_ratio", "nbd_wall_ratio", "ssh_bytes_ratio", "ssh_wall_ratio"},
+    ),
+    "bench_blackout.py": (
+        ["--mib", "4", "--rounds", "1"],
+        {"4_warm_after_s", "4_cold_after_s", "4_warm_gap_s", "4_restart_gap_s", "4_bare_mib_s"},
+    ),
+}
+UUID = "00000000-0000-4000-8000-000000000001"
 JOURNAL = ["--steps", "2", "--repeats", "2", "--seconds", "0.2"]
 
 
@@ -54,7 +75,7 @@ def check(found: dict, figures: set[str]) -> None:
 
 
 def test_every_script_is_tried_here() -> None:
-    tried = {*NEEDS_BROKER, "bench_journal.py", "bench_spawn.py"}
+    tried = {*NEEDS_BROKER, *NEEDS_LAB, "bench_journal.py"}
     assert {path.name for path in BENCHMARKS.glob("bench_*.py")} == tried
 
 
@@ -82,10 +103,19 @@ def test_journal_runs_and_prints_a_table() -> None:
 
 @pytest.mark.lab
 @pytest.mark.lab_full
-def test_spawn_runs_on_a_real_host() -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sorted(NEEDS_LAB))
+def test_runs_on_real_hosts(name: str) -> None:
+    """Minutes: a guest without KVM is booted a dozen times."""
     if lacking := missing():
         pytest.skip(f"real libvirt hosts need {'; '.join(lacking)}")
-    check(result("bench_spawn.py", "--rounds", "1"), {"worker_s", "bare_s", "overhead_s", "cold_s"})
+    arguments, figures = NEEDS_LAB[name]
+    found = result(name, *arguments, timeout=570)
+    check(found, figures)
+    if name == "bench_transfer.py":
+        assert 0.9 < found["figures"]["nbd_bytes_ratio"] < 2, "the cable carried what it should, and something else?"
+    if name == "bench_blackout.py":
+        assert found["figures"]["4_restart_gap_s"] > 1, "no guest boots in a second"
 
 
 # --- what judges casts ----------------------------------------------------------------------------------------------
@@ -186,3 +216,57 @@ def test_percentiles() -> None:
     values = [float(n) for n in range(101)]
     assert (common.percentile(values, 0), common.median(values), common.percentile(values, 0.99)) == (0, 50, 99)
     assert common.percentile([7.0], 0.99) == 7.0
+
+
+# --- what measures moves --------------------------------------------------------------------------------------------
+
+OFF = 1_000.0
+"""When the guest of the tests was asked to shut down."""
+
+
+def operation(*steps: StepRecord) -> Operation:
+    return Operation(
+        uuid=UUID, kind="resize_instance", host="node1", state=OperationState.DONE, phase="", created_at=0,
+        updated_at=0, steps=list(steps),
+    )  # fmt: skip
+
+
+def step(name: str, begin: float, end: float | None, direction: str = "do") -> StepRecord:
+    return StepRecord(name=name, direction=direction, state="done", started_at=begin, ended_at=end)
+
+
+def test_blackout_is_told_by_both_hypervisors() -> None:
+    seen = lab_moves.Seen(
+        events=[
+            ("node1", OFF - 50, "Stopped Shutdown"), ("node1", OFF + 2, "Stopped Shutdown"),
+            ("node2", OFF - 40, "Resumed Unpaused"), ("node2", OFF + 2.75, "Resumed Unpaused"),
+        ],
+        ticks=[("node1", OFF - 1, 7), ("node1", OFF + 0.5, 8), ("node2", OFF + 6, 9), ("node2", OFF + 7, 10)],
+        carried=[(OFF, 100), (OFF + 1.9, 300), (OFF + 2.4, 1_300), (OFF + 2.7, 1_500), (OFF + 5, 9_000)],
+    )  # fmt: skip
+    found = bench_blackout.blackout(seen, operation(step("power_off", OFF, OFF + 2)), "node2")
+    assert (found.shutdown, found.after, found.off, found.gap, found.sent) == (2, 0.75, 2.75, 5.5, 1_200)
+    with pytest.raises(AssertionError, match="node1 did not tell 'Resumed'"):
+        seen.event("node1", "Resumed")
+
+
+def test_seconds_of_a_step_that_was_tried_twice() -> None:
+    ended = operation(step("send_disk", 1, 3), step("send_disk", 10, 14, "undo"), step("send_disk", 20, 25))
+    assert moves.seconds_of(ended, "send_disk") == 7
+    with pytest.raises(AssertionError, match="no ended step 'verify_copy'"):
+        moves.seconds_of(ended, "verify_copy")
+
+
+@pytest.mark.parametrize(("after", "good"), [(0.6, True), (0.8, False)])
+def test_a_blackout_is_measured_by_what_was_left_to_send(after: float, good: bool) -> None:
+    report = common.Report("blackout")
+    runs = [bench_blackout.Blackout(2.0, after, 8.0, 10 << 20)]
+    bench_blackout.tell(report, 256, {"restart": runs, "warm": runs, "cold": runs}, 50 << 20)
+    warm = next(row for row in report.rows if "256 MiB, warm: s to shut" in row.what)
+    assert (warm.goal, warm.good) == ("<= 0.70 after it", good)
+
+
+def test_events_of_virsh() -> None:
+    line = "2026-11-23 23:53:12.250+0000: event 'lifecycle' for domain 'instance-1': Stopped Shutdown"
+    assert lab_moves._event(line) == (1_795_477_992.25, "Stopped Shutdown")
+    assert lab_moves._event("events received: 3") is None
