@@ -94,6 +94,20 @@ FREE_TEXT = {
     "content_base64": "must be base64",
     "reason": "for people",
     "tag": "compared with the id of an interface",
+    "request": "read by the driver as one of its own typed requests, which name files by ImageId",
+    "label": "the name of a file system, in disk.info only",
+    "machine_arch": "compared",
+    "journal_id": "compared",
+    "machine": "compared",
+    "cpu_xml": "compared by the hypervisor",
+    "digest": "compared",
+    "probe": "probe- and 32 hexadecimal digits, nothing else",
+    "probe_content": "compared",
+    "files": "content; its name is an ImageId",
+    "migrate_uri": "asked of the destination's worker by the source's; goes to the hypervisor",
+    "destination_xml": "asked of the destination's worker by the source's; goes to the hypervisor",
+    "instance_path": "a directory of the destination, written into its own domain's definition",
+    "base_path": "a directory of the destination, written into its own domain's definition",
 }
 """Text that may look like a path, and why that does no harm."""
 

@@ -21,6 +21,7 @@ from compute_worker.objects import (
     DiskInfo,
     HostName,
     Instance,
+    Key,
     Migration,
     MigrationState,
     Name,
@@ -354,7 +355,7 @@ class ResizeEndpoint:
         return [resize_force.state_of(self._core, move) for move in self._core.moves.list(open_only)]
 
     @query
-    def answer_peer(self, context: Context, migration: Uuid, request: dict[str, Any]) -> dict[str, Any]:
+    def answer_peer(self, context: Context, migration: Uuid, request: dict[Key, Any]) -> dict[str, Any]:
         """A question of the source's driver to this host's, about a move to this host that is not committed."""
         move = self._core.moves.get(migration, Side.DESTINATION)
         if move.status is not MigrationStatus.PRE_MIGRATING:
