@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -97,17 +98,28 @@ def traced(rabbit: Rabbit, tmp_path: Path) -> Iterator[tuple[Daemon, ComputeAPI,
     daemon = Daemon(rabbit.url(), tmp_path, f"traced-{uuid.uuid4().hex[:6]}", strace)
     transport = get_transport(rabbit.url())
     daemon.start()
+    children = child_of(daemon)
     yield daemon, ComputeAPI(transport, timeout=30), trace
     transport.cleanup()
+    for child in children:
+        # strace that is killed lets its child live.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, 9)
     daemon.close()
+
+
+def child_of(daemon: Daemon) -> list[int]:
+    """The worker that strace runs."""
+    assert daemon.process is not None
+    path = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
 
 
 def end(daemon: Daemon, trace: Path) -> list[Call]:
     """The trace, once the worker has ended."""
     # strace passes a signal on to nobody: its child is the worker.
     assert daemon.process is not None
-    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
-    os.kill(int(children[0]), 15)
+    os.kill(child_of(daemon)[0], 15)
     daemon.process.wait(30)
     return read(trace)
 
