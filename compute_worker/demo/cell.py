@@ -21,6 +21,7 @@ class Guest:
     :param memory_mb: what it needs.
     :param patience: seconds within which it boots, or shuts down.
     :param still: seconds in which it ticks for sure, so that one that does not stands still.
+    :param keeps_count: whether its counter is on its disk, and goes on after a boot.
     """
 
     boot: str
@@ -29,6 +30,7 @@ class Guest:
     memory_mb: int
     patience: float
     still: float
+    keeps_count: bool = False
 
     def boots(self, console: str) -> int:
         """How often it booted."""
@@ -90,6 +92,12 @@ class DemoCell(Protocol):
 
     def start_worker(self, host: str) -> None:
         """Start it again; it answers when this returns."""
+
+    def alive(self, instance: str) -> object | None:
+        """Another value each time while the guest lives on any host, seen from outside."""
+
+    def root_disk_bytes(self, host: str, instance: str, console: str) -> int:
+        """How large the guest's root disk is, as the guest sees it where it says so (``console``)."""
 
     def leftovers(self) -> list[str]:
         """What is on the hosts of any instance, seen from outside: guests, domains, files, interfaces."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from compute_worker.ctl.connect import Client
 from compute_worker.demo.cell import Guest
 from compute_worker.embedded import EmbeddedCell
 from compute_worker.objects import ImageMeta
+from compute_worker.states import PowerState
 from compute_worker.virt.fake import FakeDriver
 from compute_worker.virt.simulated.faults import Stall
 from compute_worker.virt.simulated.host import SimulatedHost
@@ -73,6 +75,17 @@ class EmbeddedDemo:
         """On the same directory."""
         self._cell.start(host)
         self._tune(host)
+
+    def alive(self, instance: str) -> object | None:
+        """The clock, while a simulated host runs it."""
+        runs = any(host.power_of(instance) is PowerState.RUNNING for host in self._hosts.values())
+        return time.monotonic() if runs else None
+
+    def root_disk_bytes(self, host: str, instance: str, console: str) -> int:
+        """As the simulated host has it: its guests say nothing of their disks."""
+        driver = self._cell.workers[host].manager.core.driver
+        record = self.client.api.get_instance(instance, host=host)
+        return next(d.virtual_size_bytes for d in driver.get_instance_disk_info(record).disks if d.name == "disk")
 
     def leftovers(self) -> list[str]:
         """What the simulated machines hold."""

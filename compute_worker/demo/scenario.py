@@ -1,10 +1,11 @@
-"""The script: a list of scenes. What comes later (resize, live migration, snapshot) is one more function in it."""
+"""The script: a list of scenes. What comes later (live migration, snapshot) is one more function in it."""
 
 from __future__ import annotations
 
 import time
 
 from compute_worker.ctl.queries import condition, used
+from compute_worker.demo import moving
 from compute_worker.demo.stage import Scene, Stage
 from compute_worker.states import OperationState
 
@@ -95,6 +96,16 @@ def suspend(stage: Stage) -> str:
     return f"tick {before}, then {later}, of the same boot"
 
 
+def resize(stage: Stage) -> str:
+    """To the other host, with a larger disk; then confirmed."""
+    return moving.resize(stage, FIRST)
+
+
+def resize_and_revert(stage: Stage) -> str:
+    """Once more, and reverted."""
+    return moving.resize_and_revert(stage, FIRST)
+
+
 def kill_worker(stage: Stage) -> str:
     """The worker dies in the middle of a build; started again, it ends the build."""
     host, cell = stage.cell.hosts[0], stage.cell
@@ -145,6 +156,8 @@ SCENES = (
     Scene("reboot, soft", reboot),
     Scene("pause and unpause", pause),
     Scene("suspend and resume", suspend),
+    Scene("resize to the other host, confirm", resize),
+    Scene("resize, revert", resize_and_revert),
     Scene("kill -9 of the worker in the middle of a build", kill_worker),
     Scene("delete", delete),
     Scene("nothing left over", nothing_left),

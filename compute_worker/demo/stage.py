@@ -98,13 +98,21 @@ class Stage:
         """
         with self.out.following(f"    {accepted.host}") as following:
             ended = wait_for_end(self.api, accepted, LONGEST_OPERATION, following)
+        self.tell_steps(ended)
+        if ended.state is not OperationState.DONE:
+            raise SceneFailed(f"{ended.kind}: {ended.state.value}: {(ended.error or {}).get('message')}")
+        return ended
+
+    def tell_steps(self, ended: Operation) -> None:
+        """An ended operation, its steps and how long each took, and what it decided."""
         steps = ", ".join(f"{s.name} {span((s.ended_at or s.started_at) - s.started_at)}" for s in ended.steps)
         self.say(f"{ended.kind} on {ended.host}: {ended.state.value}{f' ({steps})' if steps else ''}")
         for reason in (step.reason for step in ended.steps if step.reason):
             self.say(f"decision: {reason}")
-        if ended.state is not OperationState.DONE:
-            raise SceneFailed(f"{ended.kind}: {ended.state.value}: {(ended.error or {}).get('message')}")
-        return ended
+
+    def counter(self, name: str) -> int:
+        """The guest's last tick."""
+        return self.cell.guest.last_tick(self.console(name))
 
     def guest(self, name: str) -> tuple[str, str]:
         """Uuid and host of a guest."""

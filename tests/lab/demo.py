@@ -6,6 +6,7 @@ Exit status: 0 every step was good, 1 one was not, 3 this machine cannot hold th
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from tests.lab.cell import Cell, interrupt_as_exit
 from tests.lab.guest_images import MEMORY_MIB, GuestImages, guest_images
 from tests.lab.rabbit import ADMINISTRATOR, broker_url
 from tests.lab.requirements import missing
-from tests.lab.settings import IMAGES_PATH
+from tests.lab.settings import IMAGES_PATH, Settings
 from tests.waiting import wait_for
 
 use_threads()
@@ -49,10 +50,12 @@ class RealDemo:
         memory_mb=MEMORY_MIB,
         patience=60.0,
         still=2.5,
+        keeps_count=True,
     )
 
     def __init__(self, cell: Cell, client: Client, images: GuestImages) -> None:
         self._cell = cell
+        self._ticks: dict[int, int] = {}
         self.client = client
         self.hosts = list(cell.nodes)
         self.kernel_image = ImageMeta(
@@ -81,6 +84,23 @@ class RealDemo:
         self._worker(host).start()
         self._worker(host).wait_ready()
 
+    def alive(self, instance: str) -> object | None:
+        """How many ticks its consoles on both hosts ever showed, set aside or not."""
+        for node in self._cell.nodes.values():
+            for path in node.instances.glob(f"{instance}*/console.log"):
+                try:
+                    # A file keeps its number when its directory is set aside.
+                    file, ticks = path.stat().st_ino, re.findall(self.guest.tick, path.read_text(errors="replace"))
+                except OSError:
+                    # It is just being set aside or removed.
+                    continue
+                self._ticks[file] = max(self._ticks.get(file, 0), len(ticks))
+        return sum(self._ticks.values()) or None
+
+    def root_disk_bytes(self, host: str, instance: str, console: str) -> int:
+        """What the guest said of its first disk at its last boot."""
+        return int(re.findall(r"LAB: disk vda size=(\d+)", console)[-1])
+
     def leftovers(self) -> list[str]:
         """What the oracle sees on the hosts."""
         return [line for node in self._cell.nodes.values() for line in oracle.leftovers(node)]
@@ -94,7 +114,8 @@ def real_demo(out: Output) -> Iterator[RealDemo]:
     """The cell with its workers, up and answering; all of it is removed at the end."""
     began = time.monotonic()
     images = guest_images()
-    with Cell(nodes=2) as cell:
+    # With certificates: disks go by NBD over TLS, and while the guest runs.
+    with Cell(settings=Settings(nodes=2, tls=True)) as cell:
         for path in (images.kernel, images.initrd, images.data_qcow2, images.boot_qcow2):
             cell.add_image(path)
         for worker in [cell.start_worker(name, CONFIG) for name in cell.nodes]:
