@@ -44,6 +44,7 @@ class TaskState(StrEnum):
     RESIZE_REVERTING = "resize_reverting"
     MIGRATING = "migrating"
     IMAGE_SNAPSHOT = "image_snapshot"
+    IMAGE_PENDING_UPLOAD = "image_pending_upload"
     IMAGE_UPLOADING = "image_uploading"
 
 

@@ -348,6 +348,8 @@ BAD_MOVES: list[tuple[str, dict[str, Any], type[errors.ComputeError]]] = [
     ("live_migration_abort", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
     ("live_migration_force_complete", {"instance": ACTIVE, "migration": NOWHERE}, errors.MigrationNotFound),
     ("live_migration_force_complete", {"instance": ACTIVE, "migration": NOWHERE, "how": "x"}, errors.InvalidCommand),
+    ("snapshot_instance", {"instance": ACTIVE, "image": "../x"}, errors.InvalidCommand),
+    ("snapshot_instance", {"instance": NOWHERE, "image": "snap"}, errors.InstanceNotFound),
     ("repair_leftovers", {"findings": "everything"}, errors.InvalidCommand),
 ]
 

@@ -27,6 +27,7 @@ from compute_worker.manager import (
     resize_destination,
     resize_source,
     resize_verdict,
+    snapshot,
 )
 from compute_worker.manager.core import Core
 from compute_worker.manager.doctor import DoctorEndpoint
@@ -37,6 +38,7 @@ from compute_worker.manager.live import LiveMigrationEndpoint
 from compute_worker.manager.peers import Peers
 from compute_worker.manager.resize import ResizeEndpoint
 from compute_worker.manager.settler import Settler
+from compute_worker.manager.snapshot import SnapshotEndpoint
 from compute_worker.manager.watch import Watch
 from compute_worker.messages import Context
 from compute_worker.objects import HostState
@@ -50,7 +52,14 @@ from compute_worker.virt.driver import ComputeDriver
 
 LOG = logging.getLogger(__name__)
 
-ENDPOINTS = (LifecycleEndpoint, InventoryEndpoint, ResizeEndpoint, LiveMigrationEndpoint, DoctorEndpoint)
+ENDPOINTS = (
+    LifecycleEndpoint,
+    InventoryEndpoint,
+    ResizeEndpoint,
+    LiveMigrationEndpoint,
+    SnapshotEndpoint,
+    DoctorEndpoint,
+)
 """Every class that answers messages: what the server is handed and the AsyncAPI description is made from."""
 
 
@@ -67,6 +76,7 @@ def kinds_of(core: Core) -> Mapping[str, Kind]:
         resize_verdict.drop_kind(core),
         resize_verdict.revert_kind(core),
         resize_verdict.back_kind(core),
+        snapshot.kind(core),
         live_source.kind(core),
         live_destination.kind(core),
         doctor.kind(core),
@@ -135,13 +145,14 @@ class ComputeManager:
         self.settler = Settler(self.core, self.operations)
         self.resize = ResizeEndpoint(self.core, self.operations, switch, self.settler)
         self.live = LiveMigrationEndpoint(self.core, self.operations, switch)
+        self.snapshot = SnapshotEndpoint(self.core, self.operations)
         self.doctor = DoctorEndpoint(self.core, self.operations)
         self._started = False
 
     @property
     def endpoints(self) -> list[object]:
         """What the RPC server is handed."""
-        return [self.lifecycle, self.inventory, self.resize, self.live, self.doctor]
+        return [self.lifecycle, self.inventory, self.resize, self.live, self.snapshot, self.doctor]
 
     def on_refused(
         self,

@@ -228,6 +228,13 @@ class ComputeAPI:
         """Let ``host`` wait no longer for host ``forget``, which never returns."""
         return self._command(host, "forget_host", options, {"forget": forget})
 
+    def snapshot_instance(
+        self, instance: str, image: str, live: bool = True, *, host: str, **options: Unpack[CommandOptions]
+    ) -> Accepted:
+        """Make image ``image`` of an instance's root disk; its guest runs on."""
+        args = {"instance": instance, "image": image, "live": live}
+        return self._command(host, "snapshot_instance", options, args)
+
     def check_can_live_migrate_destination(
         self, instance: Instance, migration: Migration, disk_over_commit: bool = False, *, host: str
     ) -> MigrateData:

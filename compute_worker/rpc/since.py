@@ -24,6 +24,7 @@ SINCE: Mapping[str, str] = dict.fromkeys(
         "get_hypervisor",
         "live_migration",
         "live_migration_abort",
+        "snapshot_instance",
         "live_migration_force_complete",
         "pre_live_migration",
         "list_leftovers",

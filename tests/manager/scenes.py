@@ -52,6 +52,10 @@ def build(machine: Machine) -> str:
     return machine.send("build_and_run_instance", make_instance(), operation=OPERATION)
 
 
+def snapshot(machine: Machine) -> str:
+    return machine.send("snapshot_instance", UUID, "snap", operation=OPERATION)
+
+
 def command(name: str, **arguments: object) -> Callable[[Machine], str]:
     return lambda machine: machine.send(name, UUID, operation=OPERATION, **arguments)
 
@@ -104,6 +108,11 @@ SCENES = [
     ),
     Scene(
         "start-crashed", "start_instance", crashed, command("start_instance"), _D, _V.ACTIVE, _P.RUNNING, {"boot": 1}
+    ),
+    Scene("snapshot", "snapshot_instance", boot, snapshot, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0, "kill": 0}),
+    *(
+        Scene(f"snapshot-fails-in-{c}", "snapshot_instance", boot, snapshot, _U, _V.ACTIVE, _P.RUNNING, {"boot": 0}, c)
+        for c in ("freeze", "upload", "publish")
     ),
     Scene("stop", "stop_instance", boot, command("stop_instance"), _D, _V.STOPPED, _P.SHUTDOWN, {"boot": 0, "kill": 0}),
     Scene(
