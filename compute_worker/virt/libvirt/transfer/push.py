@@ -1,7 +1,7 @@
 """Send windows of a disk over several NBD connections at once.
 
 A window counts when it has been flushed at the destination; one more connection does nothing but flush, twice a second,
-so that no stream ever waits for the destination's disk to catch up.
+so that no stream ever waits for the destination's disk to catch up. A single window needs only one.
 """
 
 from __future__ import annotations
@@ -118,12 +118,11 @@ class Push:
         try:
             with job.on_cancel(self._abort):
                 # All of them before the first byte: a server ends when its last client leaves.
-                for number in range(self._streams + 1 if self._streams else 0):
+                for target in self._targets():
                     connection = self._connect()
                     self._connections.append(connection)
                     job.check()
                     connection.open()
-                    target = self._stream if number else self._flush
                     threads.append(threading.Thread(target=target, args=(connection,), name="push", daemon=True))
                 self._running, self._flushing = self._streams, bool(threads)
                 for thread in threads:
@@ -140,6 +139,13 @@ class Push:
         job.check()
         if self._error is not None:
             raise self._error
+
+    def _targets(self) -> list[Callable[[Connection], None]]:
+        """What each connection does."""
+        if len(self._todo) == 1:
+            # What is left to send when a guest is off: a second handshake would take longer than the flush.
+            return [self._alone]
+        return [self._flush, *[self._stream] * self._streams] if self._todo else []
 
     def _abort(self) -> None:
         self._stop.set()
@@ -191,6 +197,10 @@ class Push:
         with self._changed:
             self._error = self._error or exc
         self._abort()
+
+    def _alone(self, connection: Connection) -> None:
+        self._stream(connection)
+        self._flush(connection)
 
     def _stream(self, connection: Connection) -> None:
         try:
