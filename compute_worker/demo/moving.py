@@ -38,7 +38,10 @@ class Heartbeat:
 
     def _look(self) -> None:
         last: object | None = None
-        while not self._end.wait(LOOK_SECONDS):
+        ended = False
+        while not ended:
+            # Once more at the end: what it ends for may be the first sign after a long silence.
+            ended = self._end.wait(LOOK_SECONDS)
             now = self._alive()
             if now is not None and now != last:
                 self._signs.append(time.monotonic())

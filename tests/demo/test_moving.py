@@ -104,3 +104,12 @@ def test_a_counter_that_began_anew_is_no_success(stage: Stage, monkeypatch: pyte
     monkeypatch.setattr(stage, "counter", lambda name: 1_000_000)
     with pytest.raises(SceneFailed, match="web counted to 1000000, and from"):
         moving.resize(stage, NAME)
+
+
+def test_heartbeat_hears_the_sign_that_it_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [1]
+    with Heartbeat(lambda: said[0]) as beats:
+        wait_for(lambda: beats._signs, what="the first sign")
+        monkeypatch.setattr(moving, "LOOK_SECONDS", 60.0)
+        said[0] = 2
+    assert len(beats._signs) == 2

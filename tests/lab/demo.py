@@ -56,6 +56,7 @@ class RealDemo:
     def __init__(self, cell: Cell, client: Client, images: GuestImages) -> None:
         self._cell = cell
         self._ticks: dict[int, int] = {}
+        self._seen = 0
         self.client = client
         self.hosts = list(cell.nodes)
         self.kernel_image = ImageMeta(
@@ -89,13 +90,15 @@ class RealDemo:
         for node in self._cell.nodes.values():
             for path in node.instances.glob(f"{instance}*/console.log"):
                 try:
-                    # A file keeps its number when its directory is set aside.
-                    file, ticks = path.stat().st_ino, re.findall(self.guest.tick, path.read_text(errors="replace"))
+                    file, ticks = path.stat().st_ino, len(re.findall(self.guest.tick, path.read_text(errors="replace")))
                 except OSError:
                     # It is just being set aside or removed.
                     continue
-                self._ticks[file] = max(self._ticks.get(file, 0), len(ticks))
-        return sum(self._ticks.values()) or None
+                # A file keeps its number when its directory is set aside; fewer than before: another one got it.
+                before = self._ticks.get(file, 0)
+                self._seen += ticks - before if ticks >= before else ticks
+                self._ticks[file] = ticks
+        return self._seen or None
 
     def root_disk_bytes(self, host: str, instance: str, console: str) -> int:
         """What the guest said of its first disk at its last boot."""
