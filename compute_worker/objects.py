@@ -226,6 +226,8 @@ class MigrateData(Object, frozen=True, kw_only=True):
     bases: Annotated[list[BaseImage], Meta(max_length=32)] = []
     files: dict[ImageId, Annotated[str, Meta(max_length=524_288)]] = {}
     """Small files that the hypervisor does not move (the config drive): zlib, then base64."""
+    post_copy: bool = False
+    """Whether the destination can take the guest by post-copy."""
     full_copy: bool = False
     """Whether whole disks travel, since the destination lacks what they stand on."""
     instance_path: Annotated[str, Meta(max_length=4096, pattern=TEXT_PATTERN)] = ""

@@ -15,7 +15,7 @@ from typing import Any
 import libvirt
 import msgspec
 
-from compute_worker.config import Compute, Images, Libvirt, Settings, Transfer
+from compute_worker.config import Compute, Images, Libvirt, LiveMigration, Settings, Transfer
 from compute_worker.objects import BlockDeviceInfo, EphemeralDisk, Flavor, ImageMeta, Instance, Vif
 from compute_worker.virt.driver import ComputeDriver, SpawnRequest
 from compute_worker.virt.libvirt.disks.bases import content_digest
@@ -75,6 +75,7 @@ class LibvirtWorld:
         self._made: dict[str, Instance] = {}
         self._told: list[LifecycleEvent] = []
         self._transfer: dict[str, Any] = {}
+        self._live: dict[str, Any] = {}
         self._host = Host(URI)
         self._host.subscribe(lambda event: self._told.append(event) if isinstance(event, LifecycleEvent) else None)
         assert self._host.wait_connected(10)
@@ -86,11 +87,16 @@ class LibvirtWorld:
             images=Images(file_path=IMAGES_PATH, remove_unused_base_images_after=0),
             libvirt=Libvirt(mem_stats_period=1),
             transfer=Transfer(**self._transfer),
+            live_migration=LiveMigration(**self._live),
         )
 
     def use(self, transfer: dict[str, Any]) -> None:
         """Options of [transfer] for drivers that begin from now on."""
         self._transfer = transfer
+
+    def use_live(self, options: dict[str, Any]) -> None:
+        """Options of [live_migration] for drivers that begin from now on."""
+        self._live = options
 
     def remember(self, instance: Instance) -> None:
         """An instance that another world made may come here."""

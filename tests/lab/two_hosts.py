@@ -27,6 +27,13 @@ class TwoHosts(LibvirtWorld):
         self.remote.call("use", transfer)
         self.remote.call("restart")
 
+    def use_live(self, options: dict[str, Any]) -> None:
+        """On both hosts, from now on."""
+        super().use_live(options)
+        self.remote.call("use_live", options)
+        for host in (self.a, self.b):
+            self.restart(host)
+
     def driver(self, host: str) -> ComputeDriver:
         return RemoteDriver(self.remote) if host == self.b else super().driver(host)  # type: ignore[return-value]
 

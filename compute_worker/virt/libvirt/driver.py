@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from compute_worker.virt.libvirt.deeds import Deeds
 from compute_worker.virt.libvirt.disks import process
 from compute_worker.virt.libvirt.disks.builder import DiskBuilder
 from compute_worker.virt.libvirt.disks.instance_dir import RESIZE
-from compute_worker.virt.libvirt.driver_events import translate
+from compute_worker.virt.libvirt.driver_events import STAYED, translate
 from compute_worker.virt.libvirt.events import Event
 from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.host import Host
@@ -126,8 +127,17 @@ class LibvirtDriver(Unsupported):
             return
         if told.kind is EventKind.CONNECTED:
             self._introduce()
+        if told.kind is EventKind.MIGRATED_IN and self._stayed(told.uuid):
+            told = replace(told, kind=EventKind.RESUMED, detail=STAYED)
         for listener in self._listeners:
             listener(told)
+
+    def _stayed(self, uuid: str) -> bool:
+        """Whether a guest that libvirt says was resumed by a migration is one that did not leave."""
+        try:
+            return self._deeds.guest(uuid).state().reason == STAYED
+        except errors.ComputeError:
+            return False
 
     def _introduce(self) -> None:
         """Say in the log what this host is, and what would keep its guests from their disks."""

@@ -16,6 +16,9 @@ from compute_worker.virt.libvirt.events import (
     LifecycleEvent,
 )
 
+STAYED = "migration_canceled"
+"""libvirt's reason of a guest that runs on where it was after a migration did not come about. The event is the same as
+of one that came (``RESUMED``, ``migrated``): only the guest's state tells them apart."""
 _ANY = ""
 _LIFECYCLE: Mapping[tuple[Lifecycle, str], EventKind] = {
     (Lifecycle.STARTED, _ANY): EventKind.STARTED,

@@ -17,7 +17,8 @@ from compute_worker.images import files
 from compute_worker.objects import DiskInfo, Instance, MigrateData, Migration
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import Job, NullJob, Part
-from compute_worker.virt.libvirt import livemigration_probe, livemigration_tls
+from compute_worker.virt.libvirt import livemigration_postcopy, livemigration_probe, livemigration_tls
+from compute_worker.virt.libvirt.accounts import guest_user
 from compute_worker.virt.libvirt.deeds import Deeds
 from compute_worker.virt.libvirt.disks.instance_dir import Arrival
 from compute_worker.virt.libvirt.livemigration_disks import ArrivingDisks, Plan
@@ -56,7 +57,7 @@ class LiveMigrationDestination:
             ),
             make_part("create_disks", lambda job: self._arriving.create(instance, migration, data, job)),
             make_part("plug_vifs", lambda job: self._deeds.plug_vifs(instance, job)),
-            make_part("open_target", lambda job: self._open(instance, migration, data)),
+            make_part("open_target", lambda job: self._open(instance, data, job)),
         ]
 
     def _make_directory(
@@ -106,14 +107,19 @@ class LiveMigrationDestination:
         if needed > found.f_bavail * found.f_frsize:
             raise errors.DiskFull(path=str(self._directory.root))
 
-    def _open(self, instance: Instance, migration: Migration, data: MigrateData) -> Mapping[str, Any]:
+    def _open(self, instance: Instance, data: MigrateData, job: Job) -> Mapping[str, Any]:
         """What the source must know to come."""
+        user = guest_user(self._deeds.host.capabilities_xml())
+        problem = livemigration_postcopy.problem(user[0] if user else None, self._deeds.host.facts().hypervisor_version)
+        if problem:
+            job.explain(f"no post-copy to this host: {problem}")
         inbound, uuid = self._settings.live_migration.inbound_addr, instance.uuid
         plan = Plan() if data.shared_instance_path else self._arriving.plan(uuid)
         told = msgspec.structs.replace(
             data,
             disks=plan.travelling,
             full_copy=plan.full,
+            post_copy=not problem,
             listen_address=inbound or None,
             migrate_uri=f"tcp://{in_url(inbound)}" if inbound else None,
             graphics_listen=self._settings.libvirt.graphics_listen,

@@ -54,8 +54,8 @@ def itinerary(options: LiveMigration, migration: Migration, data: MigrateData, l
 
     :raises NotSupported: the destination's name is no name of a host.
     """
-    post_copy = options.permit_post_copy and not luggage.paused
-    auto_converge = options.permit_auto_converge and not options.permit_post_copy
+    post_copy = options.permit_post_copy and data.post_copy and not luggage.paused
+    auto_converge = options.permit_auto_converge and not post_copy
     parallel = options.parallel_connections > 1 and _can_be_parallel(post_copy, luggage.hypervisor_version)
     flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_PERSIST_DEST
     for wanted, flag in (

@@ -78,7 +78,9 @@ class LiveMigrationSource:
         job.check()
         self._drop_checkpoints(guest)
         journey = self._itinerary(guest, instance, migration, data)
-        job.explain(f"to {journey.uri}, disks: {', '.join(self._targets(guest, instance, data)) or 'none travel'}")
+        job.explain(f"to {journey.uri}, disks: {', '.join(disk.name for disk in data.disks) or 'none travel'}")
+        if self._settings.live_migration.permit_post_copy and not journey.post_copy:
+            job.explain("without post-copy: the guest is paused, or its destination cannot take it so")
         self._records.write(instance.uuid, Begun(migration.uuid, migration.attempt))
         self._fly(guest, instance, migration, data, journey, job)
 
@@ -107,10 +109,6 @@ class LiveMigrationSource:
             reason = f"the guest has {len(luggage.targets)} of the {len(data.disks)} disks that are to travel"
             raise errors.MigrationFailed(migration=migration.uuid, reason=reason)
         return livemigration_plan.itinerary(self._settings.live_migration, migration, data, luggage)
-
-    def _targets(self, guest: Guest, instance: Instance, data: MigrateData) -> list[str]:
-        here = Place(str(self._directory.path(instance.uuid)), str(self._directory.base))
-        return targets(guest.xml(), here, [disk.name for disk in data.disks])
 
     def _fly(
         self,
