@@ -105,6 +105,7 @@ class History:
     acted_at: float = 0.0
     acted_iterations: int = 0
     forced: bool = False
+    aborted: bool = False
 
     def seen(self, stats: JobStatistics, now: float) -> History:
         """The same with what libvirt says now."""
@@ -137,7 +138,14 @@ class History:
             return self
         step = self.step + 1 if decision.action is Action.DOWNTIME else self.step
         forced = self.forced or decision.action in (Action.POSTCOPY, Action.PAUSE)
-        return replace(self, step=step, forced=forced, acted_at=self.now, acted_iterations=len(self.left))
+        return replace(
+            self,
+            step=step,
+            forced=forced,
+            aborted=self.aborted or decision.action is Action.ABORT,
+            acted_at=self.now,
+            acted_iterations=len(self.left),
+        )
 
     @property
     def stalled(self) -> bool:
@@ -160,6 +168,8 @@ def decide(history: History, policy: Policy) -> Decision:
         return _wait("it is in post-copy: its memory is on both hosts, and nothing but its end can be waited for")
     if stats.type not in ("bounded", "unbounded"):
         return _wait(f"no migration is running ({stats.type})")
+    if history.aborted:
+        return _wait("it was aborted")
     return (
         _silent(history, policy)
         or _late(history, policy)
