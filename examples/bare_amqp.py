@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Driving a worker by bare AMQP: kombu and JSON, nothing of compute_worker or oslo.messaging.
 
-    COMPUTE_WORKER_AMQP_URL=amqp://user:password@broker:5672/vhost examples/bare_amqp.py IMAGE [DISK_FORMAT]
+    COMPUTE_WORKER_AMQP_URL=amqp://user:password@broker:5672/vhost examples/bare_amqp.py IMAGE [DISK_FORMAT [resize]]
 
-finds the hosts, boots an instance on the one with the most free memory, reads its console, stops and deletes it, and
-prints the notifications that came meanwhile. Every message there is: doc/asyncapi.yaml.
+finds the hosts, boots an instance on the one with the most free memory, reads its console, stops it (with ``resize``:
+gives it another size on another host, and confirms that), deletes it, and prints the notifications that came meanwhile.
+Every message there is: doc/asyncapi.yaml.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def _request(method: str, args: dict[str, Any]) -> dict[str, Any]:
     return {"method": method, "args": args, "version": "1.0", "_unique_id": uuid.uuid4().hex}
 
 
-def story(bare: Bare, image: str, disk_format: str, say: Any = print) -> list[dict[str, Any]]:
-    """Boot, console, stop, delete. Returns the notifications that came."""
+def story(bare: Bare, image: str, disk_format: str, say: Any = print, resize: bool = False) -> list[dict[str, Any]]:
+    """Boot, console, stop, delete, and a resize where it is wanted. Returns the notifications that came."""
     hosts = bare.find_hosts()
     if not hosts:
         raise SystemExit("no host answers")
@@ -172,6 +173,10 @@ def story(bare: Bare, image: str, disk_format: str, say: Any = print) -> list[di
                 raise
             time.sleep(0.1)
 
+    if resize:
+        elsewhere = [state["host"] for state in hosts if state["host"] != host]
+        host = move(bare, bare.call(host, "get_instance", instance=instance["uuid"]), elsewhere, say)
+
     deleted = bare.call(host, "terminate_instance", instance=instance["uuid"], operation=str(uuid.uuid4()))
     say(f"delete: {bare.end_of(host, deleted['operation'])['state']}")
     try:
@@ -184,15 +189,43 @@ def story(bare: Bare, image: str, disk_format: str, say: Any = print) -> list[di
     return told
 
 
+def move(bare: Bare, instance: dict[str, Any], hosts: list[str], say: Any = print) -> str:
+    """Give an instance another size on one of ``hosts``, and confirm it. Returns the host that has it then."""
+    operation = str(uuid.uuid4())
+    migration = {
+        "uuid": str(uuid.uuid4()),
+        "instance": instance["uuid"],
+        "migration_type": "resize",
+        "source_host": instance["host"],
+        "dest_host": hosts[0],
+        "alternates": hosts[1:],
+        "new_flavor": instance["flavor"] | {"memory_mb": 256, "root_gb": 2},
+    }
+    resize = {"instance": instance, "migration": migration, "operation": operation, "expires_at": time.time() + 3600}
+    bare.call(hosts[0], "prep_resize", **resize)
+    # Should that host fail, the next one of alternates has the operation by the time the first has ended its part.
+    for host in hosts:
+        ended = bare.end_of(host, operation)
+        say(f"resize on {host}: {ended['state']}; steps: {', '.join(step['name'] for step in ended['steps'])}")
+        if ended["state"] == "done" and ended["kind"] == "prep_resize":
+            break
+    else:
+        raise SystemExit(f"it stays on {instance['host']}: {ended['error']['message']}")
+    confirm = {"instance": instance["uuid"], "migration": migration["uuid"], "operation": str(uuid.uuid4())}
+    accepted = bare.call(host, "confirm_resize", **confirm)
+    say(f"confirmation: {bare.end_of(host, accepted['operation'])['state']}")
+    return host
+
+
 def main(arguments: list[str]) -> int:
     """Exit status: 0 all went well, 2 usage."""
     url = os.environ.get("COMPUTE_WORKER_AMQP_URL")
-    if not url or len(arguments) not in (1, 2):
+    if not url or len(arguments) not in (1, 2, 3):
         print(__doc__, file=sys.stderr)
         return 2
     bare = Bare(url)
     try:
-        story(bare, arguments[0], arguments[1] if len(arguments) == 2 else "qcow2")
+        story(bare, arguments[0], "".join(arguments[1:2]) or "qcow2", resize=arguments[2:] == ["resize"])
     finally:
         bare.close()
     return 0

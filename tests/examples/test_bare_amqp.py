@@ -5,13 +5,18 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compute_worker.embedded import settings_for
+from compute_worker.rpc.transport import get_transport
+from compute_worker.worker import Worker
 from tests.examples.daemon import Daemon
 from tests.examples.load import EXAMPLES, example
 from tests.lab.rabbit import Rabbit
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.functional
 
@@ -46,6 +51,37 @@ def test_the_whole_story(bare: Any, daemons: list[Daemon]) -> None:
     types = [notification["event_type"] for notification in told]
     for expected in ("instance.create.start", "instance.create.end", "instance.power_off.end", "instance.delete.end"):
         assert types.count(expected) == 1, types
+
+
+@pytest.fixture
+def pair(rabbit: Rabbit, tmp_path: Path) -> Iterator[list[Worker]]:
+    """Two workers in this process: simulated hosts reach each other's disks only so."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "image").write_bytes(b"an image")
+    made = []
+    transport = get_transport(rabbit.url())
+    try:
+        for number in (1, 2):
+            name = f"pair{number}-{tmp_path.name[-12:]}".replace("_", "-")
+            settings = settings_for(name, tmp_path, rpc={"exchange": "compute_worker"},
+                                    telemetry={"notification_topic": "compute_notifications"})
+            made.append(Worker(settings, transport))
+            made[-1].start()
+            wait_for(lambda: made[-1].server.connected, what=f"{name} to listen")
+        yield made
+    finally:
+        for worker in made:
+            worker.stop(5)
+        transport.cleanup()
+
+
+def test_a_resize(bare: Any, pair: list[Worker]) -> None:
+    said: list[str] = []
+    bare_amqp.story(bare, "image", "raw", said.append, resize=True)
+    moved = next(line for line in said if line.startswith("resize on "))
+    assert ": done; steps: " in moved and "await_disks" in moved and "grow_disks" in moved
+    assert "confirmation: done" in said and "delete: done" in said
+    assert all(not worker.manager.core.store.list() for worker in pair)
 
 
 def test_refusals_carry_what_a_scheduler_needs(bare: Any, daemons: list[Daemon]) -> None:
