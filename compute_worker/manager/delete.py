@@ -86,14 +86,15 @@ def _local_steps(core: Core, run: Run) -> list[Step]:
     uuid = run.instance or ""
 
     def part(run: Run, index: int) -> None:
-        instance, moves = core.database.read(
-            lambda tx: (core.store.find(tx, uuid), _deleted_moves(core, tx, uuid))
+        # Also of moves that were over when the delete came: it may have preempted what drops their copy.
+        instance, given = core.database.read(
+            lambda tx: (core.store.find(tx, uuid), core.moves.of(tx, uuid, open_only=False))
         )
-        arriving = [move for move in moves if move.side is Side.DESTINATION]
+        arriving = [move for move in given if move.deleted and move.side is Side.DESTINATION]
         if instance is not None or arriving:
             core.driver.destroy(instance or arriving[0].instance)[index].do(run)
-        elif moves:
-            core.driver.confirm_migration(moves[0].instance, moves[0].migration, run)
+        elif given:
+            core.driver.confirm_migration(given[0].instance, given[0].migration, run)
 
     names = [p.name for p in core.driver.destroy(nameless(uuid))]
     return [Do(name, lambda r, i=index: part(r, i)) for index, name in enumerate(names)]  # type: ignore[misc]

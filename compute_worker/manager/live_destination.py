@@ -83,6 +83,7 @@ def kind(core: Core) -> Kind:
         abandon=partial(_abandon, core),
         limit="inbound",
         event="live_migration_dest",
+        takes_over=True,
     )
 
 

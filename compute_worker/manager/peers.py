@@ -256,6 +256,34 @@ def _rest(run: Run, interval: float, seen: int, cancelled: bool) -> None:
     run.sleep(interval, until=lambda: run.nudges != seen or run.cancel_requested != cancelled)
 
 
+def asked(run: Run, host: str, call: Callable[[], T]) -> T:
+    """``call()`` for an operation that goes on only with an answer: while there is none it holds neither its slot nor
+    its instance's line.
+
+    :raises PeerUnavailable: no answer, or the host has no room or something else to do with the instance first.
+    """
+    try:
+        return reached(host, call)
+    except (errors.InstanceBusy, errors.HostFull) as exc:
+        run.step_aside()
+        raise errors.PeerUnavailable(str(exc), host=host) from exc
+    except errors.PeerUnavailable:
+        run.step_aside()
+        raise
+
+
+def has_forgotten(core: Core, move: Move) -> bool:
+    """Whether a destination that does not know a finished move any more has confirmed it, so long ago that its side is
+    pruned: the instance is an ordinary one there, or was, and has gone on or was deleted."""
+    try:
+        there = core.quick_peers.get_instance(move.instance.uuid, host=move.other)
+    except (errors.InstanceMoved, errors.InstanceDeleted):
+        return True
+    except errors.ComputeError:
+        return False
+    return there.migration != move.migration.uuid
+
+
 def nudge(core: Core, host: str, instance: str) -> None:
     """Tell a host that something about an instance has changed. It asks then; it would ask sooner or later anyway."""
     try:
@@ -266,12 +294,19 @@ def nudge(core: Core, host: str, instance: str) -> None:
 
 def superseded_by(core: Core, instance: Instance, move: Move) -> str | None:
     """Whether the other side of a move that is not closed has a newer copy of the instance (``protocol.md`` 8): the
-    reason, or ``None``. A host that does not answer within 2 s has said nothing: the guest starts."""
+    reason, or ``None``. A host that does not answer within 2 s has said nothing: the guest starts.
+
+    :raises Retryable: it answers that it cannot say it now: it is not silent.
+    """
     if move.same_host:
         return None
     other = "source" if move.side == "destination" else "destination"
     try:
         there = core.quick_peers.get_migration(move.migration.uuid, other, host=move.other)
+    except errors.PeerUnavailable:
+        return None
+    except errors.Retryable:
+        raise
     except errors.ComputeError:
         return None
     if there.generation <= instance.generation:

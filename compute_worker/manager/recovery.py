@@ -210,7 +210,7 @@ class Recovery:
         return decided
 
     def _adopt(self, record: Instance, guest: GuestInfo | None) -> bool:
-        """Write the record again; false when the store has heard of the instance: then nothing was lost."""
+        """Write the record again; false when the store or an open move has the instance: then nothing was lost."""
         power_state = guest.power_state if guest else PowerState.SHUTDOWN
         by_power = {expected: state for state, expected in EXPECTED_POWER.items()}
         adopted = msgspec.structs.replace(
@@ -218,7 +218,7 @@ class Recovery:
         )
 
         def write(tx: Tx) -> bool:
-            if self._core.store.has_row(tx, adopted.uuid):
+            if self._core.store.has_row(tx, adopted.uuid) or self._core.moves.of(tx, adopted.uuid):
                 return False
             self._core.store.put(tx, adopted)
             self._core.claims.force(tx, adopted)

@@ -193,7 +193,7 @@ class ResizeEndpoint:
             context,
             resize_verdict.BACK if finished else "take_back_instance",
             Wish(operation, expires_at, check_only),
-            lambda tx: resize_force.admit(core, tx, instance, migration),
+            lambda tx: resize_force.admit(core, tx, instance, migration, finished),
             instance=instance,
             message="take_back_instance",
             chain=migration,
@@ -341,7 +341,7 @@ class ResizeEndpoint:
         """What became of a peer's command. One that never came is refused from now on; ``revoke`` ends one that is not
         past its COMMIT."""
         answer = self._operations.settle(message, instance, settle, attempt, revoke)
-        return resize_force.completed(self._core, answer, instance)
+        return resize_force.completed(self._core, answer, message, instance)
 
     @query
     def get_migration(self, context: Context, migration: Uuid, side: SideName = "destination") -> MigrationState:
@@ -352,7 +352,9 @@ class ResizeEndpoint:
     @query
     def list_migrations(self, context: Context, open_only: bool = True) -> list[MigrationState]:
         """The sides of moves that this host has, in order of change."""
-        return [resize_force.state_of(self._core, move) for move in self._core.moves.list(open_only)]
+        moves = self._core.moves.list(open_only)
+        copies = resize_force.copies_of(self._core, moves)
+        return [resize_force.state_of(self._core, move, copies) for move in moves]
 
     @query
     def answer_peer(self, context: Context, migration: Uuid, request: dict[Key, Any]) -> dict[str, Any]:

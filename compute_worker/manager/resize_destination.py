@@ -68,14 +68,17 @@ def admit(core: Core, switch: HostSwitch, tx: Tx, move: Move) -> bool:
     """Check and write what accepting makes true: the claim and this side of the move.
 
     :raises InstanceDeleted: a delete came first.
+    :raises InstanceBusy: a move of it is not over here.
     :raises InstanceExists: it is here already.
     :raises InsufficientResources: it does not fit.
     """
     uuid, migration = move.instance.uuid, move.migration
     core.store.forbid_deleted(tx, uuid)
     known = core.moves.find(tx, migration.uuid, Side.DESTINATION)
-    if known is not None and not known.closed:
-        raise errors.InstanceBusy(instance=uuid, operation=known.operation, kind=METHOD, phase=known.status.value)
+    others = [other for other in core.moves.of(tx, uuid) if other.migration.uuid != migration.uuid]
+    # Another's: what it set aside here is in the way of this one.
+    for busy in [known] if known is not None and not known.closed else others:
+        raise errors.InstanceBusy(instance=uuid, operation=busy.operation, kind=METHOD, phase=busy.status.value)
     if core.store.find(tx, uuid) is not None and not move.same_host:
         raise errors.InstanceExists(instance=uuid)
     switch.require_enabled(tx)
@@ -120,6 +123,7 @@ def kind(core: Core) -> Kind:
         abandon=partial(_abandon, core),
         limit="inbound",
         event="resize_prep",
+        takes_over=True,
     )
 
 
@@ -169,9 +173,13 @@ def _ask_source(core: Core, run: Run) -> Result:
             host=move.migration.source_host,
             operation=run.uuid,
         )
+    except errors.PeerUnavailable:
+        run.step_aside()
+        raise
     except errors.InstanceBusy as exc:
         if move.migration.attempt == 1:
             raise
+        run.step_aside()
         # It still takes the guest back from the attempt before.
         raise errors.PeerUnavailable(str(exc), host=move.migration.source_host) from exc
     return {"accepted": True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from compute_worker import errors
@@ -12,35 +14,49 @@ from compute_worker.operations.database import Tx
 from compute_worker.states import MigrationStatus
 
 _WAITS = frozenset({MigrationStatus.POST_MIGRATING})
+_TAKES = frozenset({"prep_resize", "finish_revert_resize", "pre_live_migration"})
+"""Commands by whose COMMIT a host comes to own the instance."""
 
 
-def state_of(core: Core, move: Move) -> MigrationState:
-    """One side of a move as others see it."""
+def state_of(core: Core, move: Move, copies: Collection[str] | None = None) -> MigrationState:
+    """One side of a move as others see it.
+
+    :param copies: what :func:`copies_of` found, where it was looked for already.
+    """
     uuid = move.instance.uuid
     now = core.database.read(lambda tx: core.store.find(tx, uuid))
-    aside = any(left.uuid == uuid and left.kind == "resize" for left in core.driver.list_leftovers())
+    if copies is None:
+        copies = copies_of(core, [move])
     return MigrationState(
         migration=move.migration,
         side=move.side.value,
         operation=move.operation,
         handed_over=move.handed_over,
         generation=now.generation if now is not None else move.instance.generation,
-        has_copy=aside,
+        has_copy=uuid in copies,
         refused=move.refused,
         finished_at=move.finished_at,
         journal_id=core.database.journal_id,
     )
 
 
-def completed(core: Core, answer: OperationAnswer, uuid: str) -> OperationAnswer:
+def copies_of(core: Core, moves: list[Move]) -> set[str]:
+    """Instances of which a copy is set aside here. Only a source keeps one: for others the hypervisor is not asked."""
+    if all(move.side is not Side.SOURCE for move in moves):
+        return set()
+    return {left.uuid for left in core.driver.list_leftovers() if left.kind == "resize"}
+
+
+def completed(core: Core, answer: OperationAnswer, message: str, uuid: str) -> OperationAnswer:
     """An answer about a command, with what this host has of the instance: what a "never came" is worth.
 
-    A host that lost its journal and found the instance beside its disks owns it: that is a yes.
+    A host that lost its journal and found the instance beside its disks owns it: that is a yes to what would have
+    brought it there, also when the move was confirmed since.
     """
     now = core.database.read(lambda tx: core.store.find(tx, uuid))
     if answer.known:
         return answer
-    owns = now is not None and now.host == core.host and now.migration is not None
+    owns = message in _TAKES and now is not None and now.host == core.host
     kinds = {left.kind for left in core.driver.list_leftovers() if left.uuid == uuid}
     return msgspec.structs.replace(
         answer,
@@ -75,8 +91,10 @@ def require_host_silent(core: Core, host: str) -> None:
     raise errors.InvalidState(f"host {host} answers: it decides by itself, nothing is to be forced")
 
 
-def admit(core: Core, tx: Tx, uuid: str, migration: str) -> bool:
+def admit(core: Core, tx: Tx, uuid: str, migration: str, finished: bool) -> bool:
     """Mark the source's side as forced: the operation that waits takes the guest back, or one that begins now.
+
+    :param finished: whether one is to begin, as the move was when the command was looked at.
 
     Returns whether there is nothing to begin.
 
@@ -85,6 +103,8 @@ def admit(core: Core, tx: Tx, uuid: str, migration: str) -> bool:
     move = core.moves.require(tx, migration, Side.SOURCE)
     if move.instance.uuid != uuid:
         raise errors.MigrationNotFound(migration=migration)
+    if finished != (move.status is MigrationStatus.FINISHED):
+        raise errors.InvalidState(f"instance {uuid}: migration {migration} has just become {move.status}: look again")
     if move.status is MigrationStatus.FINISHED:
         core.store.forbid_deleted(tx, uuid)
         core.moves.change(tx, migration, Side.SOURCE, MigrationStatus.REVERTING, forced=True)

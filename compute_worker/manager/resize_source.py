@@ -34,7 +34,7 @@ def admit(core: Core, tx: Tx, move: Move, machine_arch: str) -> bool:
 
     :raises InvalidState: not in this state.
     :raises InstanceBusy: an earlier attempt is not over.
-    :raises OperationRefusedBefore: a later attempt has begun.
+    :raises OperationRefusedBefore: a later attempt has begun, or an earlier one has moved it.
     """
     uuid, migration = move.migration.instance, move.migration
     core.store.forbid_deleted(tx, uuid)
@@ -43,6 +43,10 @@ def admit(core: Core, tx: Tx, move: Move, machine_arch: str) -> bool:
         raise errors.OperationRefusedBefore(operation=move.operation, outcome="overtaken by a later attempt")
     if known is not None and not known.closed:
         raise errors.InstanceBusy(instance=uuid, operation=known.operation, kind=METHOD, phase=known.status.value)
+    if known is not None and known.status is not MigrationStatus.ERROR:
+        # A host that was passed over asks late: nobody wants the instance moved once more.
+        outcome = f"attempt {known.migration.attempt} came to its end: {known.status}"
+        raise errors.OperationRefusedBefore(operation=move.operation, outcome=outcome)
     instance = require_state(core.store, tx, uuid, METHOD)
     found = core.claims.found
     if machine_arch and found is not None and found.machine_arch and machine_arch != found.machine_arch:
@@ -131,6 +135,8 @@ def _hand_over(core: Core, run: Run) -> None:
             ),
         )
     except errors.Refused as exc:
+        # It would wait for this hand-over as this host waits for its answer: neither ever ends by itself.
+        peers.ask(core, _question(move, run), revoke=True)
         run.explain(f"host {host} refused: {exc}")
 
 
@@ -186,7 +192,9 @@ def _commit(core: Core, tx: Tx, run: Run) -> None:
     if not move.same_host:
         core.claims.hand_on(tx, uuid, holder_of(uuid, run.chain, Side.SOURCE))
         core.store.depart(tx, uuid, move.migration.dest_host)
-    core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.FINISHED)
+    if move.status is MigrationStatus.POST_MIGRATING:
+        # In place it may be confirmed by now. A force that came too late forces nothing.
+        core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.FINISHED, forced=False)
 
 
 def _abandon(core: Core, tx: Tx, run: Run, error: ComputeError) -> None:

@@ -17,9 +17,10 @@ from compute_worker.errors import ComputeError
 from compute_worker.manager import peers
 from compute_worker.manager.core import Core, as_step, begin, require_state, settle_record
 from compute_worker.manager.peers import Question
-from compute_worker.manager.resize_destination import arriving, runs_again
+from compute_worker.manager.resize_destination import METHOD, arriving, runs_again, surrender
 from compute_worker.moves import Move, Side
 from compute_worker.objects import Instance
+from compute_worker.operations import journal
 from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
 from compute_worker.operations.run import Run
@@ -63,7 +64,11 @@ def confirm_kind(core: Core) -> Kind:
             tell = Do("drop_copy", lambda r: core.driver.confirm_migration(move.instance, move.migration, r))
         else:
             tell = Do("tell_source", partial(_tell_source, core, move))
-        return [Do("save_record", lambda r: core.driver.save_record(_confirmed(core, move))), tell]
+        return [
+            Do("check_source", partial(_check_source, core, move)),
+            Do("save_record", partial(_save_confirmed, core, move)),
+            tell,
+        ]
 
     return Kind(
         name=CONFIRM,
@@ -74,6 +79,28 @@ def confirm_kind(core: Core) -> Kind:
         event="resize_confirm",
         committed_at_accept=True,
     )
+
+
+def _check_source(core: Core, move: Move, run: Run) -> Result:
+    """A source that took the instance back by force meanwhile has the newer copy: this one is set aside. Confirmed, it
+    would be an ordinary instance, and nobody would ask before its next start."""
+    reason = peers.superseded_by(core, core.store.get(move.instance.uuid), move)
+    if reason is None:
+        return None
+    for part in core.driver.set_aside(arriving(move), move.migration):
+        part.do(run)
+    run.explain(f"{reason}: this copy is set aside")
+    return {"superseded": reason}
+
+
+def _superseded(run: Run) -> str | None:
+    reason: str | None = run.results.get("check_source", {}).get("superseded")
+    return reason
+
+
+def _save_confirmed(core: Core, move: Move, run: Run) -> None:
+    if _superseded(run) is None:
+        core.driver.save_record(_confirmed(core, move))
 
 
 def _confirmed(core: Core, move: Move) -> Instance:
@@ -87,6 +114,8 @@ def _after(instance: Instance) -> VmState:
 
 def _tell_source(core: Core, move: Move, run: Run) -> None:
     """Once: a source that is away asks when it is back, and drops its copy then."""
+    if _superseded(run) is not None:
+        return
     try:
         core.peers.confirm_resize(
             move.instance.uuid, move.migration.uuid, host=move.migration.source_host, operation=run.uuid
@@ -96,7 +125,10 @@ def _tell_source(core: Core, move: Move, run: Run) -> None:
 
 
 def _finish_confirm(core: Core, tx: Tx, run: Run) -> None:
-    uuid = run.instance or ""
+    uuid, reason = run.instance or "", _superseded(run)
+    if reason is not None:
+        surrender(core, tx, core.moves.require(tx, run.chain, Side.DESTINATION), reason)
+        return
     now = core.store.find(tx, uuid)
     if now is not None:
         settle_record(core.store, tx, uuid, vm_state=_after(now), migration=None)
@@ -127,12 +159,17 @@ def drop_kind(core: Core) -> Kind:
     def ask_destination(run: Run) -> Result:
         move = core.moves.get(run.chain, Side.SOURCE)
         host = move.migration.dest_host
-        if move.forced:
-            return {"forced": True}
-        peers.reached(
-            host,
-            lambda: core.peers.confirm_resize(move.instance.uuid, run.chain, host=host, operation=run.uuid),
-        )
+        _require_droppable(move)
+        try:
+            peers.asked(
+                run,
+                host,
+                lambda: core.peers.confirm_resize(move.instance.uuid, run.chain, host=host, operation=run.uuid),
+            )
+        except errors.MigrationNotFound:
+            if not peers.has_forgotten(core, move):
+                raise
+            run.explain(f"host {host} confirmed it long ago and has forgotten the move")
         return {"decided": "confirm"}
 
     def drop(run: Run) -> None:
@@ -140,6 +177,7 @@ def drop_kind(core: Core) -> Kind:
         core.driver.confirm_migration(move.instance, move.migration, run)
 
     def record(tx: Tx, run: Run) -> None:
+        _require_droppable(core.moves.require(tx, run.chain, Side.SOURCE))
         core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.CONFIRMING)
 
     def finish(tx: Tx, run: Run) -> None:
@@ -154,6 +192,12 @@ def drop_kind(core: Core) -> Kind:
         limit="power",
         event="resize_confirm",
     )
+
+
+def _require_droppable(move: Move) -> None:
+    """:raises MigrationNotFinished: it is being taken back, by force or by a revert: the copy is what comes back."""
+    if move.status is not MigrationStatus.FINISHED and move.status not in _DECIDED[CONFIRM]:
+        raise errors.MigrationNotFinished(migration=move.migration.uuid, status=move.status.value)
 
 
 # --- revert ---------------------------------------------------------------------------------------------------------
@@ -192,9 +236,10 @@ def _there(core: Core, run: Run) -> Move:
 
 def _ask_source(core: Core, run: Run) -> None:
     """:raises MigrationFailed: the source has nothing to bring back."""
+    _await_start(core, run)
     move = _there(core, run)
     host = move.migration.source_host
-    there = peers.reached(host, lambda: core.peers.get_migration(run.chain, Side.SOURCE.value, host=host))
+    there = peers.asked(run, host, lambda: core.peers.get_migration(run.chain, Side.SOURCE.value, host=host))
     if not there.has_copy:
         reason = f"host {host} has no copy of instance {run.instance} set aside"
         raise errors.MigrationFailed(migration=run.chain, reason=reason)
@@ -203,6 +248,19 @@ def _ask_source(core: Core, run: Run) -> None:
     core.database.write(
         lambda tx: core.moves.change(tx, run.chain, Side.DESTINATION, journal_id=there.journal_id, refused=None)
     )
+
+
+def _await_start(core: Core, run: Run) -> None:
+    """The move is FINISHED before its guest runs, and its operation has left the instance's line."""
+
+    def starting() -> bool:
+        entries = core.database.read(lambda tx: journal.open_entries(tx, run.instance))
+        return any(entry.kind == METHOD for entry in entries)
+
+    while starting():
+        run.waiting_for = "the guest to be started here"
+        run.wait(lambda: not starting(), core.settings.compute.peer_ask_interval)
+    run.waiting_for = None
 
 
 def _start_again(core: Core, step: Step, run: Run) -> None:
@@ -340,6 +398,7 @@ def back_kind(core: Core) -> Kind:
         abandon=partial(_abandon_back, core),
         limit="inbound",
         event="resize_revert_finish",
+        takes_over=True,
     )
 
 
@@ -383,4 +442,4 @@ def _finish_back(core: Core, tx: Tx, run: Run) -> None:
 
 def _abandon_back(core: Core, tx: Tx, run: Run, error: ComputeError) -> None:
     if not run.committed:
-        core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.FINISHED)
+        core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.FINISHED, forced=False)

@@ -7,15 +7,17 @@ import threading
 import time
 import uuid
 
+import msgspec
+
 from compute_worker import errors
-from compute_worker.manager import resize_verdict
+from compute_worker.manager import peers, resize_verdict
 from compute_worker.manager.core import Core, Wish, accept
 from compute_worker.messages import Context
 from compute_worker.moves import Move, Side
-from compute_worker.objects import MigrationState
+from compute_worker.objects import Accepted, MigrationState
 from compute_worker.operations.database import Closed
 from compute_worker.operations.service import Admit, Operations
-from compute_worker.states import MigrationStatus
+from compute_worker.states import MigrationStatus, OperationState
 
 LOG = logging.getLogger(__name__)
 _SLOWEST = 12
@@ -115,6 +117,11 @@ class Settler:
         self._due[key] = (time.monotonic() + interval, min(interval * 2, first * _SLOWEST))
         try:
             return self._core.quick_peers.get_migration(move.migration.uuid, Side.DESTINATION.value, host=move.other)
+        except errors.MigrationNotFound:
+            if not peers.has_forgotten(self._core, move):
+                return None
+            confirmed = msgspec.structs.replace(move.migration, status=MigrationStatus.CONFIRMED)
+            return MigrationState(migration=confirmed, side=Side.DESTINATION.value, operation=move.operation)
         except errors.ComputeError as exc:
             LOG.debug("migration %s: host %s: %s", move.migration.uuid, move.other, exc)
             return None
@@ -128,10 +135,11 @@ class Settler:
         else:
             admit = lambda tx: resize_verdict.admit_drop(self._core, tx, instance, migration)  # noqa: E731
         context = Context(request_id=f"req-{uuid.uuid4()}", message_id=str(uuid.uuid4()))
-        # One operation however often it is found due, and on both hosts.
+        # One operation however often it is found due, and on both hosts; another, where that one was undone.
         operation = str(uuid.uuid5(uuid.UUID(migration), "confirm"))
-        try:
-            accept(
+
+        def send(operation: str) -> Accepted:
+            return accept(
                 self._operations,
                 context,
                 kind,
@@ -141,5 +149,9 @@ class Settler:
                 message=resize_verdict.CONFIRM,
                 chain=migration,
             )
+
+        try:
+            if send(operation).state is OperationState.UNDONE:
+                send(str(uuid.uuid4()))
         except errors.Refused as exc:
             LOG.warning("instance %s: %s was refused: %s", instance, kind, exc)

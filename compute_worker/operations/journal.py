@@ -267,10 +267,23 @@ def tombstone_of(tx: Tx, name: str) -> str | None:
     return str(row[0]) if row else None
 
 
-def prune(tx: Tx, before: float) -> int:
-    """Drop final operations that ended before ``before`` and tombstones that expired. Returns how many operations."""
+COMMITTED = "committed"
+"""The outcome of a tombstone of a key whose operation was past its COMMIT, and is pruned."""
+
+
+def prune(tx: Tx, before: float, remembered: Collection[str] = ()) -> int:
+    """Drop final operations that ended before ``before`` and tombstones that expired. Returns how many operations.
+
+    :param remembered: kinds of which a tombstone for ever keeps that one was committed.
+    """
     tx.execute("DELETE FROM tombstones WHERE expires_at < ?", (time.time(),))
     doomed = f"SELECT id FROM operations WHERE NOT ({OPEN_SQL}) AND updated_at < ?"
+    marks = ", ".join("?" for _ in remembered)
+    tx.execute(
+        "INSERT INTO tombstones SELECT 'key/' || key, ?, ?, NULL FROM operations"
+        f" WHERE id IN ({doomed}) AND committed AND kind IN ({marks}) ON CONFLICT DO NOTHING",
+        (COMMITTED, time.time(), before, *remembered),
+    )
     tx.execute(f"DELETE FROM steps WHERE operation IN ({doomed})", (before,))
     return tx.execute(f"DELETE FROM operations WHERE id IN ({doomed})", (before,)).rowcount
 

@@ -102,6 +102,8 @@ class Kind:
         (a guest that cannot start); otherwise it is tried for ever (a delete).
     :param preempts: does not wait for the instance: cancels what runs on it and runs next.
     :param locks: whether it needs the instance for itself at all.
+    :param takes_over: its COMMIT takes the instance from another host, which may ask for it however late: that it was
+        committed is remembered for ever.
     :param event: its name in notifications: ``instance.<event>.start``.
     :param secret_args: arguments that no log, notification or answer may show; journalled until the end, then dropped.
     """
@@ -116,4 +118,5 @@ class Kind:
     gives_up: bool = False
     preempts: bool = False
     locks: bool = True
+    takes_over: bool = False
     secret_args: frozenset[str] = frozenset()

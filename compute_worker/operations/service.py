@@ -190,7 +190,8 @@ class Operations:
 
     def _check_room(self, kind: Kind) -> None:
         waiting, running = self._runner.counts()
-        if waiting >= self._max_queued and not kind.preempts:
+        # What is done by accepting it waits in no queue, and others wait for it: a hand-over, a cancel.
+        if waiting >= self._max_queued and not kind.preempts and kind.limit != "immediate":
             raise errors.HostFull(
                 host=self.host, running=sum(running.values()), limit=self._max_queued, queued=waiting
             )
@@ -284,6 +285,11 @@ class Operations:
 
         def look(tx: Tx) -> objects.OperationAnswer:
             entry = journal.by_key(tx, key)
+            if entry is None and journal.tombstone_of(tx, f"key/{key}") == journal.COMMITTED:
+                done = OperationState.DONE
+                return objects.OperationAnswer(
+                    known=True, state=done, committed=True, phase=done.value, journal_id=self.database.journal_id
+                )
             if entry is None:
                 journal.tombstone(tx, f"key/{key}", "revoked", time.time() + MAX_EXPIRY + self._key_retention)
                 return objects.OperationAnswer(known=False, journal_id=self.database.journal_id)
@@ -348,7 +354,8 @@ class Operations:
     def prune(self) -> int:
         """Forget operations that ended longer ago than any repetition of their command can come."""
         before = time.time() - MAX_EXPIRY - self._key_retention
-        return self.database.write(lambda tx: journal.prune(tx, before))
+        remembered = [kind.name for kind in self._kinds.values() if kind.takes_over]
+        return self.database.write(lambda tx: journal.prune(tx, before, remembered))
 
     def _reported(self, run: Run, new_phase: bool) -> None:
         now = time.time()

@@ -92,7 +92,8 @@ class Cell:
 
     def quiet(self) -> None:
         """Wait until no operation is open anywhere."""
-        for name, machine in self.machines.items():
+        # Twice: the end of one host's may have given another that was looked at before something to do.
+        for name, machine in [*self.machines.items()] * 2:
 
             def ended(m: Machine = machine) -> bool:
                 return not m.worker.operations.list(None, None, True)
