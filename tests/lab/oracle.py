@@ -76,9 +76,13 @@ def where_running(nodes: Iterable[Node]) -> dict[str, list[str]]:
 
 def files(node: Node, uuid: str) -> list[str]:
     """Everything below the instances directory that carries the uuid, relative to it."""
-    root = node.instances
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*")
-                  if uuid in str(path.relative_to(root)))
+    return [name for name in _below(node.instances) if uuid in name]
+
+
+def _below(root: Path) -> list[str]:
+    """Everything below a directory, also while somebody removes it."""
+    return sorted(os.path.relpath(os.path.join(above, name), root)
+                  for above, directories, names in os.walk(root) for name in (*directories, *names))
 
 
 def interfaces(node: Node) -> list[str]:
@@ -96,7 +100,7 @@ def leftovers(node: Node) -> list[str]:
     root = node.instances
     found += [f"{node.name}: {path.name}" for path in root.iterdir()
               if path.name not in SHARED_NAMES]
-    found += [f"{node.name}: {path.relative_to(root)}" for path in root.rglob("*.part")]
+    found += [f"{node.name}: {name}" for name in _below(root) if name.endswith(".part")]
     return sorted(found)
 
 

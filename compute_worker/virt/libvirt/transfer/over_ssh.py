@@ -17,8 +17,9 @@ from compute_worker.virt.libvirt.disks.process import Limits
 from compute_worker.virt.libvirt.transfer import address, verify
 from compute_worker.virt.libvirt.transfer.base import DiskTransport, Shipment
 
-_LOST = frozenset({"10", "12", "30", "35", "255"})
-"""rsync(1), exit values: socket, protocol stream, time-outs; and ssh's own."""
+_LOST = frozenset({"10", "12", "14", "19", "20", "30", "35", "137", "143", "255", "SIGKILL", "SIGTERM"})
+"""rsync(1), exit values: socket, protocol stream, its own processes, signals, time-outs; ssh's own; and the ends of one
+that somebody killed, here or (as a shell tells it) there."""
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
 _PROGRESS = re.compile(rb"(?:^|[\r\n])\s*(\d+)\s+\d+%")

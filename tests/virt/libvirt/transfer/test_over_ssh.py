@@ -130,6 +130,27 @@ def test_the_destinations_rsync_is_killed(pair: Make, sshd: SshServer) -> None:
     assert_same(shipment.source, two.arrived())
 
 
+@pytest.mark.parametrize("side", ["here", "there"])
+def test_every_rsync_of_one_side_is_killed(pair: Make, sshd: SshServer, side: str) -> None:
+    two = pair(ssh_options=sshd.options, bandwidth_mb=8)
+    shipment, job = two.shipment(data={0: noise(16 * MIB)}), RecordingJob()
+    thread, raised = in_thread(SshTransport(two.source).send, shipment, two.peer, job)
+    part = two.arrived("disk.part")
+    wait_for(lambda: part.exists() and allocated(part) > MIB, what="bytes to arrive")
+    served = {pid for pid in processes("rsync", "--server") if _has_open(pid, part)}
+    served |= {parent for pid in served if (parent := _parent(pid)) in processes("rsync", "--server")}
+    for pid in served if side == "there" else processes("rsync", str(shipment.source)):
+        os.kill(pid, signal.SIGKILL)
+    thread.join(15)
+    assert not thread.is_alive() and raised == []
+    assert any("going on with what arrived" in reason for reason in job.reasons)
+    assert_same(shipment.source, two.arrived())
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def _has_open(pid: int, path: Path) -> bool:
     try:
         return any(os.path.samefile(f"/proc/{pid}/fd/{fd}", path) for fd in os.listdir(f"/proc/{pid}/fd"))
