@@ -26,10 +26,7 @@ from compute_worker.config import Rpc, Telemetry
 from compute_worker.messages import Message, MessageKind, messages_of
 from compute_worker.rpc import envelope
 
-ENDPOINTS = (
-    "compute_worker.manager.lifecycle:LifecycleEndpoint",
-    "compute_worker.manager.inventory:InventoryEndpoint",
-)
+ENDPOINTS = "compute_worker.manager.service:ENDPOINTS"
 PAYLOADS = (
     "compute_worker.telemetry.notifications:Payload",
     "compute_worker.telemetry.notifications:HostStatePayload",
@@ -202,8 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compute_worker.rpc.asyncapi", description=main.__doc__)
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with FILE and print nothing")
     options = parser.parse_args(arguments)
-    endpoints, payloads = ([pkgutil.resolve_name(name) for name in names] for names in (ENDPOINTS, PAYLOADS))
-    text = render(describe(endpoints, payloads, Rpc(), Telemetry().notification_topic))
+    payloads = [pkgutil.resolve_name(name) for name in PAYLOADS]
+    text = render(describe(pkgutil.resolve_name(ENDPOINTS), payloads, Rpc(), Telemetry().notification_topic))
     if options.check is None:
         sys.stdout.write(text)
         return 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,21 @@ from kombu import Connection, Exchange, Queue
 
 from compute_worker import errors
 from compute_worker.config import Rpc
-from compute_worker.objects import Capacity, ExternalEvent, Flavor, HostState, ImageMeta, Instance, Object
+from compute_worker.manager.service import ENDPOINTS
+from compute_worker.messages import messages_of
+from compute_worker.objects import (
+    Capacity,
+    Disk,
+    DiskInfo,
+    ExternalEvent,
+    Flavor,
+    HostState,
+    ImageMeta,
+    Instance,
+    MigrateData,
+    Migration,
+    Object,
+)
 from compute_worker.rpc import asyncapi
 from compute_worker.rpc.client import ComputeAPI
 from compute_worker.rpc.transport import get_transport
@@ -23,6 +38,11 @@ DOCUMENT = yaml.safe_load(FILE.read_text())
 SCHEMAS = DOCUMENT["components"]["schemas"]
 ONE = UUID.format(1)
 INSTANCE = Instance(uuid=ONE, flavor=Flavor(vcpus=1, memory_mb=64), image=ImageMeta(id="cirros"))
+MIGRATION = Migration(
+    uuid=ONE, instance=ONE, source_host="node1", dest_host="node2", new_flavor=INSTANCE.flavor, alternates=["node3"]
+)
+DISKS = DiskInfo(disks=[Disk(name="disk", format="qcow2", virtual_size_bytes=1 << 30, backing="cirros")])
+MOVING = MigrateData(migration=ONE, disks=DISKS.disks)
 
 
 class Said(Object, frozen=True, kw_only=True):
@@ -40,6 +60,11 @@ def nodes(value: Any) -> Iterator[dict[str, Any]]:
 
 def valid(schema: str, value: Any) -> None:
     jsonschema.Draft7Validator({"$ref": f"#/components/schemas/{schema}", **DOCUMENT}).validate(value)
+
+
+def test_every_message_of_a_worker_is_described() -> None:
+    described = DOCUMENT["components"]["messages"]
+    assert {message.name for endpoint in ENDPOINTS for message, _ in messages_of(endpoint)} <= described.keys()
 
 
 def test_the_file_is_what_the_code_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +132,19 @@ SENDING = {
     "disable_host": ["maintenance"], "enable_host": [], "cancel_operation": [ONE], "get_console_output": [ONE],
     "get_diagnostics": [ONE], "list_instances": [3], "get_instance": [ONE], "get_operation": [ONE, 3],
     "list_operations": [1, ONE, True], "get_host_state": [],
+    "prep_resize": [INSTANCE, MIGRATION], "confirm_resize": [ONE, ONE], "revert_resize": [ONE, ONE],
+    "take_back_instance": [ONE, ONE, True], "forget_host": ["node3"], "resize_instance": [ONE, MIGRATION],
+    "finish_resize": [INSTANCE, MIGRATION, DISKS], "finish_revert_resize": [ONE, ONE, 2],
+    "settle_operation": ["prep_resize", ONE, ONE, 1, True], "get_migration": [ONE, "source"],
+    "list_migrations": [False], "answer_peer": [ONE, {"ask": "facts"}], "peer_changed": [ONE],
+    "list_leftovers": [], "repair_leftovers": [ONE], "snapshot_instance": [ONE, "backup-1"],
+    "get_hypervisor": [], "check_can_live_migrate_destination": [INSTANCE, MIGRATION],
+    "check_can_live_migrate_source": [INSTANCE, MIGRATION, MOVING], "live_migration": [ONE, MIGRATION],
+    "live_migration_abort": [ONE, ONE], "live_migration_force_complete": [ONE, ONE, "postcopy"],
+    "pre_live_migration": [INSTANCE, MIGRATION, MOVING, DISKS],
 }  # fmt: skip
+CASTS = frozenset({"peer_changed"})
+"""Nobody waits for an answer to these."""
 
 
 def test_all_that_is_described_is_sent_here() -> None:
@@ -118,7 +155,7 @@ def test_all_that_is_described_is_sent_here() -> None:
 @pytest.mark.parametrize("method", sorted(SENDING))
 def test_what_the_client_sends_is_what_is_described(method: str, heard: Any) -> None:
     api = ComputeAPI(get_transport("kombu+memory://"), timeout=0.01)
-    with pytest.raises(errors.PeerUnavailable):
+    with nullcontext() if method in CASTS else pytest.raises(errors.PeerUnavailable):
         getattr(api, method)(*SENDING[method], host="described")
     body = heard()
     envelope = DOCUMENT["components"]["messages"][method]["payload"]
