@@ -34,6 +34,10 @@ _S = MigrationStatus
 _CLOSED = frozenset({_S.CONFIRMED, _S.REVERTED, _S.ERROR, _S.COMPLETED, _S.CANCELLED, _S.FAILED})
 
 
+LANDED = "it has landed"
+"""How a flight that went well ended (:attr:`Move.landed`)."""
+
+
 class Side(StrEnum):
     """Which end of a move a host is. A resize in place has both on one host."""
 
@@ -90,6 +94,11 @@ class Move(Object, frozen=True, kw_only=True):
     def other(self) -> HostName:
         """The host at the other end."""
         return self.migration.dest_host if self.side is Side.SOURCE else self.migration.source_host
+
+    @property
+    def landed_well(self) -> bool:
+        """Live, at the source: whether the hypervisor says that the guest is at the destination."""
+        return self.landed == LANDED
 
     @property
     def closed(self) -> bool:

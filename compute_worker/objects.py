@@ -301,6 +301,8 @@ class OperationAnswer(Object, frozen=True, kw_only=True):
     """Whether the host has neither a guest nor files of the instance (what a no is worth after a lost journal)."""
     generation: Count = 0
     """The instance's, as the host has it."""
+    landed: bool = False
+    """Of a live migration, at its source: whether the hypervisor says that the guest is at the destination."""
 
 
 class MigrationState(Object, frozen=True, kw_only=True):

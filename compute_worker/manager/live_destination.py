@@ -28,6 +28,7 @@ from compute_worker.states import MigrationStatus, PowerState, TaskState
 from compute_worker.virt.driver import GuestInfo
 
 METHOD = "pre_live_migration"
+_OFF = (PowerState.NOSTATE, PowerState.SHUTDOWN, PowerState.CRASHED)
 _LANDED = "await_outcome"
 """The source's step in which no flight is in the air any more, and none begins."""
 
@@ -120,6 +121,10 @@ def _await_guest(core: Core, run: Run) -> Result:
         if has_arrived(_info(core, move.instance.uuid)):
             return {"arrived": True}
         over, why, answer = _flight_is_over(core, run, move)
+        if answer is not None and answer.landed:
+            # This host went down with it before it was seen here: its disks are whole.
+            run.explain("the source says that it has landed here")
+            return {"arrived": True}
         if over and _cleared(core, move):
             raise errors.from_dict(answer.error) if answer is not None and answer.error else errors.MigrationFailed(
                 migration=run.chain, reason=why
@@ -153,7 +158,7 @@ def _flight_is_over(core: Core, run: Run, move: Move) -> tuple[bool, str, Operat
         return True, "the source never heard of it", answer
     if answer.state.final and not answer.committed:
         return True, peers.reason_of(answer), answer
-    if answer.phase == _LANDED and run.cancel_requested:
+    if answer.phase == _LANDED and run.cancel_requested and not answer.landed:
         return True, "the flight has failed", answer
     run.waiting_for = f"host {question.host}: it is in {answer.phase}"
     return False, answer.phase, answer
@@ -180,7 +185,12 @@ def _persist(core: Core, run: Run) -> None:
     """After a post-copy: once everything is here."""
     move = _move(core, run)
     peers.nudge(core, move.migration.source_host, move.instance.uuid)
-    core.driver.post_live_migration_at_destination(arriving(move), move.migration)
+    info = _info(core, move.instance.uuid)
+    if info is None or info.power_state in _OFF:
+        run.explain("the host went down with it: it is started from its disks")
+        core.driver.power_on(arriving(move), run)
+    else:
+        core.driver.post_live_migration_at_destination(arriving(move), move.migration)
     core.driver.save_record(msgspec.structs.replace(arriving(move), migration=None, task_state=None))
 
 

@@ -20,7 +20,7 @@ from compute_worker.errors import ComputeError
 from compute_worker.manager import peers
 from compute_worker.manager.core import Core, begin, require_state, settle_record
 from compute_worker.manager.peers import Question, Verdict
-from compute_worker.moves import Move, Side
+from compute_worker.moves import LANDED, Move, Side
 from compute_worker.objects import Instance, MigrateData
 from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
@@ -174,7 +174,7 @@ def _fly(core: Core, run: Run) -> Result:
             reason=f"the post-copy of instance {run.instance} was interrupted ({said}): both copies are paused, and no"
             f" memory is lost while both hosts are up; it goes on when they reach each other"
         )
-    landed = "it has landed" if said is None else f"{type(said).__name__}: {said}"
+    landed = LANDED if said is None else f"{type(said).__name__}: {said}"
     _change(core, run, landed=landed)
     return {"landed": landed}
 
@@ -280,7 +280,7 @@ def _ask(core: Core, run: Run) -> tuple[bool, str]:
         move, seen = _move(core, run), run.nudges
         if move.forced:
             return False, "an operator said that the other host is off and stays off"
-        failed = move.landed != "it has landed"
+        failed = not move.landed_well
         try:
             answer = peers.ask(core, _question(move, run), revoke=failed or run.cancel_requested)
         except errors.PeerUnavailable as exc:
@@ -301,7 +301,7 @@ def in_doubt(info: GuestInfo | None, landed: str) -> bool:
     return (
         info is not None
         and info.power_state is PowerState.RUNNING
-        and landed != "it has landed"
+        and landed != LANDED
         and "migration" in info.reason
     )
 

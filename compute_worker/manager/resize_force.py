@@ -55,7 +55,9 @@ def completed(core: Core, answer: OperationAnswer, message: str, uuid: str) -> O
     """
     now = core.database.read(lambda tx: core.store.find(tx, uuid))
     if answer.known:
-        return answer
+        moves = core.database.read(lambda tx: core.moves.of(tx, uuid)) if message == "live_migration" else []
+        landed = any(move.side is Side.SOURCE and move.landed_well for move in moves)
+        return msgspec.structs.replace(answer, landed=landed)
     owns = message in _TAKES and now is not None and now.host == core.host
     kinds = {left.kind for left in core.driver.list_leftovers() if left.uuid == uuid}
     return msgspec.structs.replace(

@@ -196,3 +196,29 @@ def test_deleted_in_flight(cell, at):
     assert cell.owners() == []
     assert all(cell.leftovers(name) == set() for name in cell.machines)
     assert all(cell.used_mb(name) == 0 for name in cell.machines)
+
+
+@pytest.mark.parametrize("step", ["await_guest-before_do", "commit-after_record"])
+def test_the_destination_loses_power_with_the_guest_that_has_landed(cell, step):
+    """The guest is the destination's, seen there or not: it is started from its disks when that host is back."""
+    name, _, point = step.partition("-")
+    cell.boot()
+    destination = cell[DESTINATION]
+
+    def landed() -> bool:
+        flight = cell.simulated.flights.get(UUID)
+        return flight is not None and flight.state == "completed"
+
+    where = ("pre_live_migration", name, "do", point)
+    destination.at[where] = lambda: wait_for(landed, what="the flight to land") and None
+    destination.die_at = where
+    cell.migrate()
+    wait_for(destination.dead.is_set, what="the destination's worker to die")
+    wait_for(lambda: cell.phase(SOURCE) == "await_outcome", what="the source to know it")
+    destination.host.power_failure()
+    destination.host.power_restore()
+    destination.restart()
+    assert cell.outcome(SOURCE).state is OperationState.DONE
+    arrived(cell)
+    assert destination.host.running(UUID)
+    assert destination.host.read_disk(UUID).endswith(WRITTEN)
