@@ -129,7 +129,8 @@ class Bench:
 
     def one_at_a_time(self, count: int) -> None:
         """A resize, then the next; then a confirmation after the other."""
-        idle, instances = self.idle(), self.boot(count)
+        idle = self.idle()
+        instances, booted, _, _ = self._measured(lambda: self.boot(count), count)
         seconds: list[float] = []
 
         def each() -> list[Moved]:
@@ -152,6 +153,7 @@ class Bench:
             **{f"{name}_resize_cpu_ms": resized, f"{name}_stretch": resized <= STRETCH},
         )  # fmt: skip
         add(f"{name}: confirmation, ms of both hosts", f"{confirmed:.1f}", **{f"{name}_confirm_cpu_ms": confirmed})
+        add(f"{name}: a boot in the same run, all at once, ms", f"{booted:.1f}", **{f"{name}_boot_cpu_ms": booted})
         idle_ms = [idle * elapsed * 1000 / count for elapsed in (took, confirming)]
         add(
             f"{name}: of these by being there at all, resize / confirmation, ms",

@@ -239,13 +239,15 @@ def test_blackout_is_told_by_both_hypervisors() -> None:
     seen = lab_moves.Seen(
         events=[
             ("node1", OFF - 50, "Stopped Shutdown"), ("node1", OFF + 2, "Stopped Shutdown"),
-            ("node2", OFF - 40, "Resumed Unpaused"), ("node2", OFF + 2.75, "Resumed Unpaused"),
+            ("node2", OFF - 40, "Resumed Unpaused"), ("node2", OFF + 2.25, "Defined Added"),
+            ("node2", OFF + 2.5, "Started Booted"), ("node2", OFF + 2.75, "Resumed Unpaused"),
         ],
         ticks=[("node1", OFF - 1, 7), ("node1", OFF + 0.5, 8), ("node2", OFF + 6, 9), ("node2", OFF + 7, 10)],
         carried=[(OFF, 100), (OFF + 1.9, 300), (OFF + 2.4, 1_300), (OFF + 2.7, 1_500), (OFF + 5, 9_000)],
     )  # fmt: skip
     found = bench_blackout.blackout(seen, operation(step("power_off", OFF, OFF + 2)), "node2")
     assert (found.shutdown, found.after, found.off, found.gap, found.sent) == (2, 0.75, 2.75, 5.5, 1_200)
+    assert found.start == 0.25
     with pytest.raises(AssertionError, match="node1 did not tell 'Resumed'"):
         seen.event("node1", "Resumed")
 
