@@ -117,7 +117,9 @@ def test_the_phases_of_both_hosts_are_told(three: CtlCell) -> None:
     instance = three.boot("told", "--host", "node1")
     stall = three.simulated("node1").faults.stall("set_aside", instance)
     try:
-        told = three.ctl("migrate", "told", "--to", "node2", "--timeout", "1.2")
+        begun = three.ctl("migrate", "told", "--to", "node2", "--no-wait", "--json").document["accepted"]["operation"]
+        assert stall.entered.wait(10)
+        told = three.ctl("migrate", "told", "--to", "node2", "--operation", begun, "--timeout", "0.2")
         about = f"migration of instance {instance}"
         assert told.code == 4 and "it goes on" in told.err
         assert f"{about}: node1: set_aside" in told.err and f"{about}: node2: await_disks" in told.err, told
