@@ -110,7 +110,11 @@ class KillHost:
                 host.worker.start()
 
     def wait_held(self, point: str) -> None:
-        wait_for(self.node.path(f"{self.mark}/{point}.held").exists, PATIENCE, f"the worker to come to {point}")
+        def held() -> bool:
+            self.revive()
+            return self.node.ns.alive and self.node.path(f"{self.mark}/{point}.held").exists()
+
+        wait_for(held, PATIENCE, f"the worker to come to {point}")
 
     def release(self, point: str) -> None:
         self.node.path(f"{self.mark}/{point}.go").touch()
@@ -149,7 +153,7 @@ class KillHost:
         wait_for(answered, PATIENCE, f"an answer to {method}")
         return operation
 
-    def outcome(self, operation: str) -> Operation:
+    def outcome(self, operation: str, patience: float = PATIENCE) -> Operation:
         """The operation at its end; a worker that dies meanwhile is started again."""
 
         def ended() -> Operation | None:
@@ -160,7 +164,7 @@ class KillHost:
                 return None
             return found if found.state.final else None
 
-        found = wait_for(ended, PATIENCE, f"the end of operation {operation}")
+        found = wait_for(ended, patience, f"the end of operation {operation} on {self.name}")
         assert found is not None
         return found
 

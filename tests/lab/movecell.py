@@ -8,27 +8,29 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from compute_worker.objects import Instance, Migration, Operation
+from compute_worker import errors
+from compute_worker.objects import Flavor, Instance, Migration
 from compute_worker.states import OperationState
 from tests.lab import oracle
 from tests.lab.cell import Cell
-from tests.lab.guest_images import GuestImages
+from tests.lab.guest_images import MEMORY_MIB, GuestImages
 from tests.lab.killcell import PATIENCE, KillHost, kill_hosts
 from tests.lab.namespaces import LabError
 from tests.lab.node import Node
-from tests.lab.settings import IMAGES_PATH, INSTANCES_PATH, WORKER_UID
+from tests.lab.settings import IMAGES_PATH, INSTANCES_PATH, WORKER_UID, Settings
 from tests.lab.worker import Config, merge_config
 from tests.waiting import wait_for
 
 SOURCE, DESTINATION = "node1", "node2"
 MIB = 1 << 20
+FLAVOR = Flavor(vcpus=1, memory_mb=MEMORY_MIB, root_gb=1, ephemeral_gb=1, swap_mb=8)
 FILLER_AT = 200 * MIB
 """Where the root disk has bytes of which the guest knows nothing."""
 CONFIG: Config = {
@@ -121,6 +123,7 @@ class MoveCell:
         self.filler = hashlib.sha256()
         self.filler_bytes = 0
         self.shared = False
+        self._marks: dict[str, list[str]] = {}
         self._watch: Watch | None = None
 
     def host(self, name: str) -> KillHost:
@@ -148,14 +151,18 @@ class MoveCell:
 
     # --- the guest ----------------------------------------------------------------------------------------------
 
-    def boot(self, filler_mib: int = 16, **changes: Any) -> Instance:
-        """The guest runs on the source and has ticked; its root disk has ``filler_mib`` of noise."""
+    def boot(
+        self, filler_mib: int = 16, prepare: Callable[[Instance], None] = lambda instance: None, **changes: Any
+    ) -> Instance:
+        """The guest runs on the source and has ticked; its root disk has ``filler_mib`` of noise, and what ``prepare``
+        did to it before the guest ever ran."""
         instance = self.source.instance(**changes)
         self._watch = Watch([host.node for host in self.hosts], instance.uuid, self.shared)
         self._watch.start()
         operation = self.source.send("build_and_run_instance", instance)
         self.source.wait_held(FILL)
         self.fill(instance, filler_mib)
+        prepare(instance)
         self.source.release(FILL)
         ended = self.source.outcome(operation)
         assert ended.state is OperationState.DONE, ended
@@ -166,14 +173,18 @@ class MoveCell:
         """Noise on a disk that nobody has open."""
         if not mebibytes:
             return
-        node, noise = self.source.node, Path("/var/tmp/noise")
         data = hashlib.shake_256(uuid.UUID(instance.uuid).bytes).digest(mebibytes * MIB)
-        node.path(noise).write_bytes(data)
-        disk = self.disks(SOURCE, instance.uuid)["disk"]
-        inside = f"{INSTANCES_PATH}/{instance.uuid}/disk"
-        node.run("qemu-io", "-f", disk, "-c", f"write -q -s {noise} {FILLER_AT} {len(data)}", inside)
-        node.path(noise).unlink()
+        self.write(instance, FILLER_AT, data)
         self.filler, self.filler_bytes = hashlib.sha256(data), len(data)
+
+    def write(self, instance: Instance, at: int, data: bytes) -> None:
+        """Bytes on the root disk of a guest that does not run yet."""
+        node, copy = self.source.node, "/var/tmp/written"
+        node.path(copy).write_bytes(data)
+        form = self.disks(SOURCE, instance.uuid)["disk"]
+        command = f"write -q -s {copy} {at} {len(data)}"
+        node.run("qemu-io", "-f", form, "-c", command, self._inside(instance, "disk"))
+        node.path(copy).unlink()
 
     def wait_boot(self, host: str, number: int, ticks: int = 2) -> oracle.Boot:
         """The guest is in the ``number``-th boot of its life, on this host, and has ticked."""
@@ -206,9 +217,21 @@ class MoveCell:
         record = self.api.get_instance(instance.uuid, host=SOURCE)
         return migration, self.destination.send("prep_resize", record, migration)
 
+    def ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """What a worker answers; one that has just died is started again and asked again."""
+
+        def answered() -> list[Any]:
+            self.source.revive()
+            try:
+                return [getattr(self.api, method)(*arguments, **named)]
+            except (errors.PeerUnavailable, errors.MessageUndeliverable):
+                return []
+
+        return (wait_for(answered, SETTLED, f"an answer to {method}") or [None])[0]
+
     def steps(self, host: str, operation: str) -> list[tuple[str, str, float]]:
         """The journal's lines of an operation: step, direction, seconds."""
-        found = self.api.get_operation(operation, host=host).steps
+        found = self.ask("get_operation", operation, host=host).steps
         return [(s.name, s.direction, round((s.ended_at or s.started_at) - s.started_at, 2)) for s in found]
 
     def blackout(self, operation: str) -> float:
@@ -217,29 +240,63 @@ class MoveCell:
         on = next(s for s in self.api.get_operation(operation, host=DESTINATION).steps if s.name == "resume_guest")
         return (on.ended_at or 0.0) - off.started_at
 
-    def resized(self, instance: Instance, operation: str) -> None:
-        """Both hosts say that it is done, within the time that is allowed without a person."""
+    def resized(self, instance: Instance, operation: str, patience: float = PATIENCE) -> None:
+        """Both hosts say that it is done, and told it once."""
         for host in (self.destination, self.source):
-            ended = host.outcome(operation)
+            ended = host.outcome(operation, patience)
             print(host.name, self.steps(host.name, operation))
             assert ended.state is OperationState.DONE, (host.name, ended)
         self.destination.assert_ended_once(instance, operation, "instance.resize_prep.end")
         self.source.assert_ended_once(instance, operation, "instance.resize.end")
 
-    def undone(self, instance: Instance, operation: str, host: str = DESTINATION) -> Operation:
-        ended = self.host(host).outcome(operation)
-        assert ended.state is OperationState.UNDONE, (host, ended)
-        return ended
+    def undone(self, instance: Instance, operation: str, patience: float = PATIENCE) -> None:
+        """Both hosts say that it came to nothing, and told it once; the destination has nothing of it."""
+        for host in (self.destination, self.source):
+            ended = host.outcome(operation, patience)
+            print(host.name, self.steps(host.name, operation), ended.error)
+            assert ended.state is OperationState.UNDONE, (host.name, ended)
+        self.destination.assert_ended_once(instance, operation, "instance.resize_prep.error")
+        self.source.assert_ended_once(instance, operation, "instance.resize.error")
+        self.wait_clean(DESTINATION, instance)
 
     def confirm(self, instance: Instance, migration: Migration) -> None:
         self.destination.do("confirm_resize", instance.uuid, migration.uuid)
         self.wait_clean(SOURCE, instance)
+        self.assert_owner(instance, DESTINATION, "active")
 
     def revert(self, instance: Instance, migration: Migration) -> None:
         operation = self.destination.do("revert_resize", instance.uuid, migration.uuid)
         ended = self.source.outcome(operation)
         assert ended.state is OperationState.DONE, ended
         self.wait_clean(DESTINATION, instance)
+        self.assert_stayed(instance)
+        self.assert_owner(instance, SOURCE, "active")
+
+    def arrived(self, instance: Instance, operation: str, patience: float = PATIENCE) -> None:
+        """The bytes are the same before the guest runs there (the destination's worker is held at its COMMIT); then it
+        runs, its counter goes on, and both hosts agree."""
+        self.destination.wait_held(COMMIT)
+        self.assert_same_disks(instance)
+        self.destination.release(COMMIT)
+        self.resized(instance, operation, patience)
+        self.assert_arrived(instance)
+        self.assert_owner(instance, DESTINATION, "resized")
+
+    def power_off(self, host: str) -> None:
+        """A power failure; what its worker had marked of its points is kept."""
+        node, mark = self.host(host).node, self.host(host).mark
+        self._marks[host] = [path.name for path in node.path(mark).iterdir()]
+        self.cell.kill_node(host)
+
+    def power_on(self, host: str) -> None:
+        """The host is back, and its worker is started."""
+        self.cell.start_node(host)
+        marks = self.host(host).node.path(self.host(host).mark)
+        marks.mkdir(parents=True)
+        for name in self._marks.pop(host):
+            (marks / name).touch()
+        marks.chmod(0o777)
+        self.host(host).revive()
 
     def delete(self, instance: Instance, host: str) -> None:
         """Delete it: nothing is left on either host."""
@@ -278,13 +335,17 @@ class MoveCell:
 
     def noise(self, host: str, instance: Instance) -> str:
         """Digest of what is where the noise was written."""
-        node, copy = self.host(host).node, "/var/tmp/noise.raw"
+        return hashlib.sha256(self.read(host, instance, FILLER_AT, self.filler_bytes)).hexdigest()
+
+    def read(self, host: str, instance: Instance, at: int, length: int) -> bytes:
+        """What a guest would read there on its root disk."""
+        node, copy = self.host(host).node, "/var/tmp/read.raw"
         form = self.disks(host, instance.uuid)["disk"]
         node.run("qemu-img", "convert", "-U", "-f", form, "-O", "raw", self._inside(instance, "disk"), copy)
         try:
             with open(node.path(copy), "rb") as raw:
-                raw.seek(FILLER_AT)
-                return hashlib.sha256(raw.read(self.filler_bytes)).hexdigest()
+                raw.seek(at)
+                return raw.read(length)
         finally:
             node.path(copy).unlink()
 
@@ -298,13 +359,13 @@ class MoveCell:
         mine = self.host(owner)
 
         def settled() -> bool:
-            record = self.api.get_instance(instance.uuid, host=owner)
+            record = self.ask("get_instance", instance.uuid, host=owner)
             return (record.host, record.vm_state, record.task_state, record.power_state) == (
                 owner, vm_state, None, power_state,
             )  # fmt: skip
 
         wait_for(settled, SETTLED, f"{instance.uuid} to be {vm_state} on {owner}")
-        listed = [(name, i.uuid) for name in (SOURCE, DESTINATION) for i in self.api.list_instances(host=name)]
+        listed = [(name, i.uuid) for name in (SOURCE, DESTINATION) for i in self.ask("list_instances", host=name)]
         assert listed == [(owner, instance.uuid)]
         running = [owner] if power_state == "running" else []
         assert oracle.where_running(self.cell.nodes.values()).get(instance.uuid, []) == running
@@ -316,17 +377,17 @@ class MoveCell:
     def assert_quiet(self) -> None:
         """No operation is open, and no process of a transfer is left."""
         for host in self.hosts:
-            wait_for(lambda h=host: self.api.list_operations(open_only=True, host=h.name) == [], SETTLED,
+            wait_for(lambda h=host: self.ask("list_operations", open_only=True, host=h.name) == [], SETTLED,
                      f"every operation of {host.name} to end")  # fmt: skip
             assert [" ".join(p.argv) for p in host.node.ns.processes(BUSY)] == []
 
-    def assert_arrived(self, instance: Instance, boot: int = 2) -> None:
+    def assert_arrived(self, instance: Instance, boot: int = 2, clean: bool = True) -> None:
         """The guest's counter goes on at the destination where the source's ended; no write of it was lost."""
         self.wait_boot(DESTINATION, boot)
         source, there = self.watch.boots(SOURCE), self.watch.boots(DESTINATION)
         assert [b.number for b in source + there] == list(range(1, boot + 1))
         assert oracle.continuity_problems(self.watch.console(SOURCE) + self.watch.console(DESTINATION)) == []
-        assert source[-1].clean_shutdown
+        assert source[-1].clean_shutdown is clean
 
     def assert_stayed(self, instance: Instance, boot: int = 2) -> None:
         """The guest runs on the source, in this boot of its life, and its counter never jumped."""
@@ -340,6 +401,7 @@ class MoveCell:
         node, uuid = self.host(host).node, instance.uuid
 
         def clean() -> bool:
+            self.source.revive()
             left = oracle.files(node, uuid)
             return not [name for name in left if not (self.shared and name.partition("/")[0] == uuid)]
 
@@ -354,8 +416,8 @@ class MoveCell:
         self.assert_quiet()
         for host in self.hosts:
             assert oracle.leftovers(host.node) == []
-            assert self.api.list_instances(host=host.name) == []
-            assert self.api.get_host_state(host=host.name).memory_mb.used == 0
+            assert self.ask("list_instances", host=host.name) == []
+            assert self.ask("get_host_state", host=host.name).memory_mb.used == 0
 
     def wait_bytes(self, instance: Instance, mebibytes: int = 2) -> None:
         """So much of a disk is at the destination: the copy is in the middle of it."""
@@ -377,6 +439,13 @@ def move_cell(cell: Cell, images: GuestImages) -> Iterator[MoveCell]:
         finally:
             if made._watch is not None:
                 made._watch.stop()
+
+
+@contextmanager
+def tls_cell() -> Iterator[Cell]:
+    """Two hosts with certificates, and a RabbitMQ, beside any other cell."""
+    with Cell(settings=Settings(nodes=2, net="10.79.0", tls=True)) as made:
+        yield made
 
 
 @contextmanager

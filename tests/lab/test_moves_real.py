@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
-from compute_worker.objects import Flavor
 from tests.lab import oracle
 from tests.lab.cell import Cell
-from tests.lab.guest_images import MEMORY_MIB, GuestImages
-from tests.lab.movecell import COMMIT, DESTINATION, SOURCE, MoveCell, move_cell, shared_instances
-from tests.lab.settings import Settings
+from tests.lab.guest_images import GuestImages
+from tests.lab.movecell import COMMIT, DESTINATION, FLAVOR, SOURCE, MoveCell, move_cell, shared_instances, tls_cell
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
@@ -24,7 +22,7 @@ FILLER_MIB, BANDWIDTH_MB = 96, 12
 @pytest.fixture(scope="module")
 def cell(lab_machine: None) -> Iterator[Cell]:
     """Two hosts with certificates."""
-    with Cell(settings=Settings(nodes=2, net="10.79.0", tls=True)) as made:
+    with tls_cell() as made:
         yield made
 
 
@@ -42,9 +40,6 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
 }
 
 
-FLAVOR = Flavor(vcpus=1, memory_mb=MEMORY_MIB, root_gb=1, ephemeral_gb=1, swap_mb=8)
-
-
 @pytest.mark.parametrize("name", TRANSPORTS)
 def test_resized_and_reverted_resized_and_confirmed(moves: MoveCell, name: str) -> None:
     """There, grown; back as it was; there again for good: the guest's counter never jumps."""
@@ -54,23 +49,15 @@ def test_resized_and_reverted_resized_and_confirmed(moves: MoveCell, name: str) 
         moves.start(hold_at=COMMIT, transfer={**TRANSPORTS[name], "compare": "full"})
         instance = moves.boot(flavor=FLAVOR)
         migration, operation = moves.resize(instance)
-        moves.destination.wait_held(COMMIT)
-        moves.assert_same_disks(instance)
-        moves.destination.release(COMMIT)
-        moves.resized(instance, operation)
-        moves.assert_arrived(instance)
+        moves.arrived(instance, operation)
         disks = oracle.seen_disks(moves.watch.console(DESTINATION))
         assert (disks["vda"]["size"], disks["vdb"]["size"]) == (str(2 * GIB), str(2 * GIB))
-        moves.assert_owner(instance, DESTINATION, "resized")
         moves.revert(instance, migration)
-        moves.assert_stayed(instance)
-        moves.assert_owner(instance, SOURCE, "active")
         assert oracle.seen_disks(moves.watch.console(SOURCE))["vda"]["size"] == str(GIB)
         migration, operation = moves.resize(instance)
         moves.resized(instance, operation)
         moves.assert_arrived(instance, boot=3)
         moves.confirm(instance, migration)
-        moves.assert_owner(instance, DESTINATION, "active")
         moves.destination.do("stop_instance", instance.uuid)
         moves.assert_sound(DESTINATION, instance)
         moves.delete(instance, DESTINATION)
