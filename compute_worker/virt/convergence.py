@@ -148,6 +148,11 @@ class History:
         )
 
     @property
+    def quiet(self) -> float:
+        """Seconds since a byte was sent."""
+        return self.now - self.moved_at
+
+    @property
     def stalled(self) -> bool:
         """Whether the newest iteration that ended since the last action left hardly less than the one before it."""
         if len(self.left) < 2 or len(self.left) <= self.acted_iterations:
@@ -181,7 +186,7 @@ def decide(history: History, policy: Policy) -> Decision:
 
 
 def _silent(history: History, policy: Policy) -> Decision | None:
-    quiet = history.now - history.moved_at
+    quiet = history.quiet
     # A permitted bandwidth that is used up by others looks the same for a moment, not for this long.
     if not policy.progress_timeout or quiet < policy.progress_timeout:
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import libvirt
 
+from compute_worker import errors
 from compute_worker.virt.driver import JobStatistics
 from compute_worker.virt.libvirt.events import JOB_OPERATIONS, word
 from compute_worker.virt.libvirt.faults import code_of
@@ -56,6 +58,24 @@ class GuestJobs:
                     return False
                 raise
             return True
+
+    def sever_migration(self) -> bool:
+        """Cut the connections of an outgoing migration inside QEMU (its ``yank``), so that it fails there and then.
+        ``False``: there is none to cut.
+
+        For a destination that is silent: aborting waits for what is on its way to it, and the guest stands still as
+        long as the kernel believes in the connection, which can be minutes. libvirt marks the guest as tainted.
+
+        :raises NotSupported: QEMU before 6.0, or no libvirt-qemu.
+        """
+        with self.domain_for("cutting the connections of its migration") as dom:
+            found = json.loads(_monitor(dom, {"execute": "query-yank"})).get("return")
+            if found is None:
+                raise errors.NotSupported(what="cutting the connections of a migration (yank)")
+            instances = [one for one in found if _of_migration(one)]
+            if instances:
+                _monitor(dom, {"execute": "yank", "arguments": {"instances": instances}})
+            return bool(instances)
 
     def migrate(self, destination_uri: str, params: Mapping[str, Any], flags: int) -> None:
         """Move it, as ``virDomainMigrateToURI3`` does; blocks until it is there or is not going.
@@ -140,3 +160,18 @@ class GuestJobs:
         """Thaw what :meth:`fs_freeze` froze; how many (0: nothing was frozen)."""
         with self.domain_for("thawing its file systems") as dom:
             return int(dom.fsThaw(list(mountpoints) if mountpoints is not None else None, 0))
+
+
+def _monitor(dom: Any, command: Mapping[str, Any]) -> str:
+    try:
+        import libvirt_qemu
+    except ImportError:
+        raise errors.NotSupported(what="speaking to QEMU's monitor (libvirt-qemu)") from None
+    return str(libvirt_qemu.qemuMonitorCommand(dom, json.dumps(command), 0))
+
+
+def _of_migration(instance: Mapping[str, Any]) -> bool:
+    """Whether it is a connection of a migration: of its memory, or of a disk that libvirt copies."""
+    if instance.get("type") == "migration":
+        return True
+    return instance.get("type") == "block-node" and str(instance.get("node-name", "")).startswith("migration-")

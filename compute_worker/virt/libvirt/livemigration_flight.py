@@ -24,6 +24,8 @@ from compute_worker.virt.libvirt.livemigration_plan import Itinerary
 
 LOG = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
+SILENCE_SECONDS = 4.0
+"""A destination that took nothing for so long may be gone."""
 PHASE = "live_migration"
 OUTGOING = "migration_out"
 GONE = ("migrated",)
@@ -58,6 +60,7 @@ class Flight:
         self._error: Exception | None = None
         self._abort_wanted = False
         self._why_aborted = ""
+        self._severed = False
         self._history = History()
         self._began = time.monotonic()
         self._told = ""
@@ -144,13 +147,27 @@ class Flight:
             self._hold()
         elif decision.action is Action.ABORT:
             self._abort_wanted, self._why_aborted = True, decision.reason
-            self._guest.abort_job()
+            self._stop()
 
     def _abort(self, stats: JobStatistics) -> None:
         """Again at each look: a job that has hardly begun cannot be aborted yet."""
         if stats.postcopy:
             self._tell("it is in post-copy: it cannot be stopped any more")
-        elif stats.type in ("bounded", "unbounded"):
+        elif stats.type in ("bounded", "unbounded") and not self._severed:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Abort it; where the destination has been silent its connections are cut instead: the guest would stand still
+        until the kernel gives them up, and libvirt ends the flight when it has missed the other libvirtd."""
+        if self._history.quiet < SILENCE_SECONDS:
+            self._guest.abort_job()
+            return
+        try:
+            self._severed = self._guest.sever_migration()
+            self._tell("its connections were cut: the destination is silent")
+        except errors.NotSupported as exc:
+            LOG.warning("instance %s: %s: its migration is aborted, which may take long", self._guest.uuid, exc)
+        if not self._severed:
             self._guest.abort_job()
 
     def _tell(self, what: str) -> None:
