@@ -21,10 +21,13 @@ from compute_worker.virt.libvirt import console as console_module
 from compute_worker.virt.libvirt import driver as driver_module
 from compute_worker.virt.libvirt.disks import process
 from compute_worker.virt.libvirt.driver import LibvirtDriver
+from compute_worker.virt.libvirt.events import Lifecycle, LifecycleEvent
+from compute_worker.virt.libvirt.guest_state import GuestState
 from tests.virt.jobs import RecordingJob
 from tests.virt.world import run, undo
 from tests.waiting import wait_for
 
+OTHER = "0f7a4ac5-4b7d-4e6b-9f0a-0123456789ab"
 NAMES = ["fetch_images", "create_disks", "plug_vifs", "define", "start_paused"]
 
 
@@ -448,3 +451,18 @@ def test_a_wish_that_cannot_be_met_is_said_and_does_not_end_the_worker(
             driver.get_available_resource()
     finally:
         driver.cleanup_host()
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"), [("migration_canceled", EventKind.RESUMED), ("migrated", EventKind.MIGRATED_IN)]
+)
+def test_a_guest_that_did_not_leave_has_not_come(
+    driver: LibvirtDriver, monkeypatch: pytest.MonkeyPatch, reason: str, kind: EventKind
+) -> None:
+    """libvirt tells both by one event; what the guest's state says tells them apart."""
+    heard: list[DriverEvent] = []
+    driver.register_event_listener(heard.append)
+    state = GuestState(PowerState.RUNNING, "running", reason)
+    monkeypatch.setattr(driver_module.Guest, "state", lambda guest: state)
+    driver._on_event(LifecycleEvent(uuid=OTHER, kind=Lifecycle.RESUMED, reason="migrated"))
+    assert [(event.kind, event.uuid) for event in heard] == [(kind, OTHER)]

@@ -1,5 +1,8 @@
 """One guest, against libvirt's own test driver. What that driver cannot do is shown in the lab."""
 
+import json
+import sys
+
 import libvirt
 import pytest
 
@@ -234,3 +237,41 @@ def test_a_guest_outlives_connections():
         assert guest.undefine()
     finally:
         host.close()
+
+
+YANKABLE = (
+    '{"return": [{"type": "chardev", "id": "charmonitor"}, {"type": "block-node", "node-name": "libvirt-1-storage"},'
+    ' {"type": "block-node", "node-name": "migration-vda-storage"}, {"type": "migration"}]}'
+)
+
+
+def test_only_connections_of_the_migration_are_cut(guest, monkeypatch):
+    """Never libvirt's own monitor, nor a disk of the guest."""
+    asked = []
+    answers = iter([YANKABLE, '{"return": {}}', '{"return": []}'])
+
+    def monitor(dom, command, flags):
+        asked.append(json.loads(command))
+        return next(answers)
+
+    monkeypatch.setattr("libvirt_qemu.qemuMonitorCommand", monitor)
+    assert guest.sever_migration() is True
+    assert asked == [
+        {"execute": "query-yank"},
+        {"execute": "yank", "arguments": {"instances": [
+            {"type": "block-node", "node-name": "migration-vda-storage"}, {"type": "migration"}]}},
+    ]  # fmt: skip
+    assert guest.sever_migration() is False
+
+
+def test_a_qemu_without_yank(guest, monkeypatch):
+    refused = '{"error": {"class": "CommandNotFound", "desc": "The command query-yank has not been found"}}'
+    monkeypatch.setattr("libvirt_qemu.qemuMonitorCommand", lambda dom, command, flags: refused)
+    with pytest.raises(errors.NotSupported, match="yank"):
+        guest.sever_migration()
+
+
+def test_a_binding_without_qemu_s_part(guest, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libvirt_qemu", None)
+    with pytest.raises(errors.NotSupported, match="libvirt-qemu"):
+        guest.sever_migration()

@@ -165,3 +165,33 @@ def test_closing_leaves_the_guests():
     assert left.isActive()
     left.destroy()
     left.undefine()
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        (libvirt.VIR_CPU_COMPARE_INCOMPATIBLE, False),
+        (libvirt.VIR_CPU_COMPARE_IDENTICAL, True),
+        (libvirt.VIR_CPU_COMPARE_SUPERSET, True),
+        (libvirt.VIR_ERR_CPU_INCOMPATIBLE, False),
+        (libvirt.VIR_ERR_CONFIG_UNSUPPORTED, True),
+    ],
+)
+def test_a_guest_s_processor_is_compared_by_libvirt(host, monkeypatch, answer, fits):
+    """What libvirt cannot say is no reason to refuse: it compares again when the guest comes."""
+    asked = []
+
+    def compare(conn, emulator, arch, machine, virttype, xml, flags):
+        asked.append((machine, virttype, xml))
+        if answer > libvirt.VIR_CPU_COMPARE_SUPERSET:
+            raise error(answer, libvirt.VIR_FROM_CPU, "said by libvirt")
+        return answer
+
+    monkeypatch.setattr(libvirt.virConnect, "compareHypervisorCPU", compare)
+    found, why = host.compare_guest_cpu("<cpu/>", "pc-q35-7.2")
+    assert (found, bool(why)) == (fits, True)
+    assert asked[0][0] == "pc-q35-7.2" and asked[0][2] == "<cpu/>"
+
+
+def test_a_driver_that_compares_nothing_refuses_nobody(host):
+    assert host.compare_guest_cpu("<cpu><model>x</model></cpu>", "")[0] is True
