@@ -69,6 +69,11 @@ class Compute:
     peer_ask_interval: float = option(
         5.0, "Seconds before another host is asked what became of a move; grows to 12 times as long.", min=0.05
     )
+    peer_patience: float = option(
+        60.0,
+        "Seconds a destination may be silent before a source that has not handed over yet takes its guest back.",
+        min=0.1,
+    )
     max_console_bytes: int = option(102_400, "Most bytes get_console_output answers.", min=1024)
 
 

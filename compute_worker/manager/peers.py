@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +22,7 @@ from compute_worker.objects import (
     MigrationState,
     OperationAnswer,
 )
+from compute_worker.operations.kinds import Do, Result, Step
 from compute_worker.operations.run import Run
 from compute_worker.states import OperationState
 
@@ -314,7 +316,54 @@ def superseded_by(core: Core, instance: Instance, move: Move) -> str | None:
     return f"host {move.other} took the instance over by force (generation {there.generation})"
 
 
-def peer_of(core: Core, move: Move) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+class Patience:
+    """How long a destination may be silent while its source keeps a guest off for it and may still take it back.
+
+    :param seconds: from a step that failed for want of an answer on, with none since.
+    """
+
+    def __init__(self, host: str, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._host = host
+        self._seconds = seconds
+        self._clock = clock
+        self._since: float | None = None
+
+    def heard(self) -> None:
+        """It has answered."""
+        self._since = None
+
+    def failed(self, migration: str) -> None:
+        """A step failed for want of an answer.
+
+        :raises MigrationFailed: that has been so for too long.
+        """
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        silent = now - self._since
+        if silent >= self._seconds:
+            reason = f"host {self._host} has been silent for {silent:.0f} s, and nothing was handed over"
+            raise errors.MigrationFailed(migration=migration, reason=reason)
+
+    def step(self, step: Step) -> Step:
+        """``step``, which is tried again only so long."""
+
+        def do(run: Run) -> Result:
+            try:
+                return step.do(run)
+            except errors.PeerUnavailable:
+                self.failed(run.chain)
+                raise
+
+        return Do(step.name, do, step.undo, cancellable=step.cancellable)
+
+
+def peer_of(core: Core, move: Move, patience: Patience) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """How the driver at the source asks the one at the destination."""
     host, uuid = move.migration.dest_host, move.migration.uuid
-    return lambda request: reached(host, lambda: core.peers.answer_peer(uuid, dict(request), host=host))
+
+    def ask(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = reached(host, lambda: core.peers.answer_peer(uuid, dict(request), host=host))
+        patience.heard()
+        return answer
+
+    return ask

@@ -65,15 +65,16 @@ def kind(core: Core) -> Kind:
         move = _move(core, run)
         options = core.settings.compute
         timeout = options.shutdown_timeout if move.clean_shutdown else 0.0
+        patience = peers.Patience(move.migration.dest_host, options.peer_patience)
         parts = core.driver.migrate_disk_and_power_off(
-            leaving(move), move.migration, timeout, options.shutdown_retry_interval, peers.peer_of(core, move)
+            leaving(move), move.migration, timeout, options.shutdown_retry_interval, peers.peer_of(core, move, patience)
         )
         sending = [as_step(part) for part in parts]
         for index, step in enumerate(sending):
             if step.name == "power_off":
                 sending[index] = Do("power_off", step.do, partial(_start_again, core, step.undo))
         return [
-            *sending,
+            *map(patience.step, sending),
             Do("hand_over", partial(_hand_over, core), partial(_take_back, core), cancellable=False),
             Do("await_outcome", partial(_await_outcome, core), cancellable=False),
             Commit(partial(_commit, core), cancellable=False),
