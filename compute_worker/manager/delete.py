@@ -20,7 +20,9 @@ from compute_worker.operations.run import Run
 def admit(core: Core, tx: Tx, uuid: str) -> bool:
     """Tombstone the uuid. True when neither this host nor one that it knows of has anything of it."""
     core.store.bury(tx, uuid)
-    instance, moves = core.store.find(tx, uuid), core.moves.of(tx, uuid)
+    instance = core.store.find(tx, uuid)
+    # Of one that was ended by force the other host may keep its copy, whether it has returned yet or not.
+    moves = [move for move in core.moves.of(tx, uuid, open_only=False) if not move.closed or move.forced]
     if instance is not None:
         begin(core.store, tx, instance, "terminate_instance")
     for move in moves:

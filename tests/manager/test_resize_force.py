@@ -132,3 +132,26 @@ def test_a_delete_waits_for_a_silent_host_until_it_is_forgotten(cell):
     cell[SOURCE].send("forget_host", DESTINATION)
     assert cell[SOURCE].outcome(operation).state is OperationState.DONE
     assert cell.leftovers(SOURCE) == set()
+
+
+@pytest.mark.parametrize("returns", ["before", "after"])
+def test_a_delete_also_removes_the_copy_that_a_host_set_aside_for_force(cell, returns):
+    """Also when the host returns only after the delete came, which waits for it."""
+    cell.boot()
+    cell.resized()
+    cell.quiet()
+    off(cell)
+    operation = cell[SOURCE].send("take_back_instance", UUID, MIGRATION, destination_is_off=True)
+    assert cell[SOURCE].outcome(operation).state is OperationState.DONE
+    if returns == "before":
+        back(cell)
+        wait_for(lambda: cell.leftovers(DESTINATION) == {"resize"}, what="the destination to set its copy aside")
+    operation = cell[SOURCE].send("terminate_instance", UUID)
+    if returns == "after":
+        wait_for(lambda: cell[SOURCE].worker.operations.get(operation).waiting_for, what="the delete to wait")
+        back(cell)
+    assert cell[SOURCE].outcome(operation).state is OperationState.DONE
+    wait_for(lambda: cell.leftovers(DESTINATION) == set(), what="the copy to go")
+    cell.quiet()
+    assert cell.leftovers(SOURCE) == set() and cell.used_mb(DESTINATION) == 0
+    assert cell.simulated.violations == []
