@@ -319,14 +319,19 @@ def superseded_by(core: Core, instance: Instance, move: Move) -> str | None:
 class Patience:
     """How long a destination may be silent while its source keeps a guest off for it and may still take it back.
 
-    :param seconds: from a step that failed for want of an answer on, with none since.
+    :param seconds: from the question on whose silence made a step fail, with no answer since.
     """
 
     def __init__(self, host: str, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._host = host
         self._seconds = seconds
         self._clock = clock
+        self._asked: float | None = None
         self._since: float | None = None
+
+    def asks(self) -> None:
+        """It is asked something."""
+        self._asked = self._clock()
 
     def heard(self) -> None:
         """It has answered."""
@@ -338,7 +343,8 @@ class Patience:
         :raises MigrationFailed: that has been so for too long.
         """
         now = self._clock()
-        self._since = now if self._since is None else self._since
+        if self._since is None:
+            self._since = now if self._asked is None else self._asked
         silent = now - self._since
         if silent >= self._seconds:
             reason = f"host {self._host} has been silent for {silent:.0f} s, and nothing was handed over"
@@ -362,6 +368,7 @@ def peer_of(core: Core, move: Move, patience: Patience) -> Callable[[Mapping[str
     host, uuid = move.migration.dest_host, move.migration.uuid
 
     def ask(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        patience.asks()
         answer = reached(host, lambda: core.peers.answer_peer(uuid, dict(request), host=host))
         patience.heard()
         return answer

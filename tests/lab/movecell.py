@@ -53,7 +53,7 @@ COMMIT = at("prep_resize", "commit", "before_record")
 
 
 class Watch(threading.Thread):
-    """Looks at both hosts until it is told to stop: two qemus of one guest at a time, and every console there was."""
+    """Looks at both hosts until it is told to stop: two copies of one guest that run, and every console there was."""
 
     def __init__(self, nodes: list[Node], uuid: str, shared: bool) -> None:
         super().__init__(name="watch", daemon=True)
@@ -77,7 +77,7 @@ class Watch(threading.Thread):
 
     def _look(self) -> None:
         where = oracle.where_running(self._nodes).get(self._uuid, [])
-        if len(where) > 1:
+        if len(where) > 1 and self._go_on():
             self.twice.append(where)
         for node in self._nodes:
             for path in sorted(node.instances.glob(f"{self._uuid}*/console.log")):
@@ -87,6 +87,11 @@ class Watch(threading.Thread):
                 if host and text and text != self._consoles.get(file):
                     self._spoken_on[file], self._consoles[file] = host, text
                     self._note(host, text)
+
+    def _go_on(self) -> bool:
+        """Whether more than one of them really goes on: one that never ran may stand by, paused."""
+        states = [node.virsh("domstate", self._uuid, check=False).stdout.strip() for node in self._nodes]
+        return states.count("running") > 1
 
     def _note(self, host: str, text: str) -> None:
         ticks = [tick for boot in oracle.boots(text) for tick in boot.ticks]

@@ -237,6 +237,53 @@ def test_destination_power_failure_after_hand_over(moves: MoveCell, step: str) -
     finish(moves, instance, migration)
 
 
+def test_destination_off_in_the_middle_of_a_disk(moves: MoveCell) -> None:
+    """It stays off: the guest runs again where it was, without it. Back again, it has nothing of it."""
+    moves.start(transfer={"bandwidth_mb": 4}, compute={"peer_patience": 10.0})
+    instance = moves.boot()
+    _, operation = moves.resize(instance)
+    moves.wait_bytes(instance)
+    moves.power_off(DESTINATION)
+    assert moves.source.outcome(operation).state is OperationState.UNDONE
+    moves.assert_stayed(instance)
+    moves.power_on(DESTINATION)
+    gone_back(moves, instance, operation)
+
+
+def test_taken_back_by_force_after_hand_over(moves: MoveCell) -> None:
+    """The destination is off for good, an operator says so: the guest runs at the source. It returns all the same: it
+    starts nothing and keeps nothing."""
+    point = at(PREP, "start_paused", "after_do")
+    moves.start(hold_at=point)
+    instance = moves.boot()
+    migration, operation = moves.resize(instance)
+    moves.destination.wait_held(point)
+    moves.power_off(DESTINATION)
+    moves.source.send("take_back_instance", instance.uuid, migration.uuid, destination_is_off=True)
+    assert moves.source.outcome(operation).state is OperationState.UNDONE
+    moves.assert_stayed(instance)
+    moves.power_on(DESTINATION)
+    moves.destination.release(point)
+    gone_back(moves, instance, operation)
+
+
+def test_taken_back_by_force_after_it_arrived(moves: MoveCell) -> None:
+    """The destination ran the guest when it went off for good. It returns all the same, starts nothing, and gives up
+    what it has."""
+    moves.start()
+    instance = moves.boot()
+    migration, operation = moves.resize(instance)
+    moves.resized(instance, operation)
+    moves.assert_arrived(instance)
+    moves.power_off(DESTINATION)
+    moves.source.do("take_back_instance", instance.uuid, migration.uuid, destination_is_off=True)
+    moves.assert_stayed(instance)
+    moves.power_on(DESTINATION)
+    moves.assert_owner(instance, SOURCE, "active")
+    moves.delete(instance, SOURCE)
+    moves.stop()
+
+
 @pytest.mark.parametrize("transport", ["nbd", "ssh"])
 def test_cable_of_the_destination_pulled_in_the_middle_of_a_disk(moves: MoveCell, transport: str) -> None:
     moves.start(hold_at=COMMIT, transfer={"transport": transport, "bandwidth_mb": 4})
@@ -274,7 +321,7 @@ def test_no_room_at_the_destination(moves: MoveCell) -> None:
     point = at(MOVE, "send_disk", "before_do")
     node = moves.destination.node
     with faults.disk_of(node, 192):
-        moves.start(hold_at=point)
+        moves.start(hold_at=point, claims={"disk_allocation_ratio": 100.0})
         instance = moves.boot(48)
         _, operation = moves.resize(instance)
         moves.source.wait_held(point)
@@ -283,6 +330,7 @@ def test_no_room_at_the_destination(moves: MoveCell) -> None:
         ballast.write_bytes(bytes(room.f_bavail * room.f_frsize - (16 << 20)))
         moves.source.release(point)
         moves.undone(instance, operation, SETTLED)
+        assert "DiskFull" in str(moves.ask("get_operation", operation, host=SOURCE).error)
         ballast.unlink()
         gone_back(moves, instance, operation)
 

@@ -89,8 +89,10 @@ def test_patience_begins_anew_with_every_answer() -> None:
     now[0] += 59
     patience.failed("m")
     patience.heard()
-    now[0] += 59
+    patience.asks()
+    now[0] += 20
     patience.failed("m")
-    now[0] += 60
+    patience.asks()
+    now[0] += 40
     with pytest.raises(errors.MigrationFailed, match="host node2 has been silent for 60 s"):
         patience.failed("m")
