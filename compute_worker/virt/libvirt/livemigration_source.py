@@ -122,7 +122,8 @@ class LiveMigrationSource:
         options = self._settings.live_migration
         size = (instance.flavor.memory_mb << 20) + sum(disk.allocated_bytes for disk in data.disks)
         assumed = journey or Itinerary("", 0, {}, options.permit_post_copy, options.permit_auto_converge)
-        policy = livemigration_plan.policy(options, assumed, size)
+        emulated = self._deeds.host.facts().domain_type == "qemu"
+        policy = livemigration_plan.policy(options, assumed, size, emulated=emulated)
         flight = Flight(guest, journey, policy, job, self._deeds.host.subscribe, lambda: self._hold(guest))
         said = flight.run()
         if isinstance(said, errors.HypervisorUnavailable):

@@ -116,6 +116,14 @@ def test_policy_is_of_this_guest() -> None:
     assert (found.size_gib, found.max_downtime_ms, found.deadline, found.post_copy) == (3.0, 70, 27.0, False)
 
 
+def test_an_emulated_guest_has_as_few_iterations_as_can_be() -> None:
+    """QEMU's own processor loses pages between them."""
+    options = LiveMigration(max_downtime_ms=400)
+    made = itinerary(options, MIGRATION, LOCAL, LUGGAGE)
+    assert policy(options, made, 1 << 30, emulated=True).ladder == (400,)
+    assert policy(options, made, 1 << 30).ladder[0] == 50
+
+
 def test_summary() -> None:
     statistics = JobStatistics("completed", memory_processed=3 << 20, disk_processed=1 << 19, elapsed=2, downtime=0.06)
     assert summary(statistics) == "3.5 MiB in 2.0 s, downtime 60 ms"
