@@ -20,7 +20,7 @@ PYTHON = [sys.executable, "-m"]
 # Whole files go to one process: what a module's fixtures start is not started twice. Real cells have the machine alone.
 PHASES: dict[str, list[list[str]]] = {
     "lint": [["ruff", "check", "."], ["mypy"]],
-    "unit": [["pytest", "-n", "2", "--dist", "loadfile", "-m", "not lab"]],
+    "unit": [["pytest", "-n", "4", "--dist", "loadfile", "-m", "not lab"]],
     "cell": [["pytest", "-m", "lab and not lab_full"]],
     "lab": [["pytest", "-m", "lab"]],
 }

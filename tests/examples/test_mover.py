@@ -13,6 +13,7 @@ from compute_worker import errors
 from compute_worker.objects import Flavor, Instance
 from tests.ctl.cell import IMAGE, CtlCell
 from tests.examples.load import EXAMPLES, example
+from tests.waiting import wait_for
 
 mover = example("mover")
 BIGGER = Flavor(vcpus=2, memory_mb=256, root_gb=2)
@@ -72,7 +73,8 @@ def test_a_move_that_fails_leaves_the_guest_where_it_was(cell: CtlCell, on: Any)
     move = on.move(instance)
     assert on.run_moves(30)
     assert move.state == "failed" and "no such machine" in move.error and move.host == A
-    assert cell.simulated(A).running(instance.uuid)
+    # The destination's word comes first; the source starts the guest when it has heard it.
+    wait_for(lambda: cell.simulated(A).running(instance.uuid), 30, "the guest to run on its source again")
 
 
 def test_a_lost_answer_is_no_second_move(cell: CtlCell, on: Any, monkeypatch: pytest.MonkeyPatch) -> None:

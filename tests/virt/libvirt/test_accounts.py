@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,24 +28,32 @@ def test_no_security_model_tells_no_user() -> None:
     assert guest_user("<capabilities><host/></capabilities>") is None
 
 
-def test_who_may_pass(tmp_path: Path) -> None:
-    inner = tmp_path / "state" / "instances"
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """pytest's own directories are closed to other users."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+def test_who_may_pass(open_path: Path) -> None:
+    state = open_path / "state"
+    inner = state / "instances"
     inner.mkdir(parents=True)
-    for directory in (inner, *inner.parents):
-        if directory.is_relative_to(tmp_path.parent.parent):
-            directory.chmod(0o755)
+    for directory in (state, inner):
+        directory.chmod(0o755)
     me = os.getuid()
     assert blocked_at(inner, 64055, {64055}) is None
-    (tmp_path / "state").chmod(0o700)
-    assert blocked_at(inner, 64055, {64055}) == tmp_path / "state"
+    state.chmod(0o700)
+    assert blocked_at(inner, 64055, {64055}) == state
     assert blocked_at(inner, me, set()) is None
     assert blocked_at(inner, 0, set()) is None
-    (tmp_path / "state").chmod(0o710)
+    state.chmod(0o710)
     assert blocked_at(inner, 64055, {inner.stat().st_gid}) is None
     # The owner's bits count for the owner, also where others may do more.
-    (tmp_path / "state").chmod(0o611)
+    state.chmod(0o611)
     if me != 0:
-        assert blocked_at(inner, me, set()) == tmp_path / "state"
+        assert blocked_at(inner, me, set()) == state
 
 
 def test_groups_of_a_user_without_an_account() -> None:
