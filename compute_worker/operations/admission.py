@@ -33,6 +33,7 @@ class Admission:
         self._count: Counter[str] = Counter()
         self._urgent: set[int] = set()
         self._aside: set[int] = set()
+        self._slotless: set[int] = set()
         self._waiting = 0
 
     def add(self, ticket: Ticket) -> list[Ticket]:
@@ -70,6 +71,29 @@ class Admission:
         self._aside.add(id_)
         return self._leave(self._running[id_])
 
+    def yield_slot(self, id_: int) -> list[Ticket]:
+        """A running ticket waits for somebody else: its place in its class is free until :meth:`claim_slot`, the one in
+        its instance's line it keeps. Returns what may start now.
+        """
+        if id_ not in self._running or id_ in self._aside or id_ in self._slotless:
+            return []
+        self._slotless.add(id_)
+        ticket = self._running[id_]
+        self._count[ticket.limit] -= 1
+        return self._start(ticket.limit)
+
+    def claim_slot(self, id_: int) -> list[Ticket]:
+        """It has something to do again: it gets a place in its class behind those that wait already.
+
+        Returns what may start now, or go on: the ticket itself is among them once it has a place, or needs none.
+        """
+        ticket = self._running[id_]
+        if id_ not in self._slotless:
+            return [ticket]
+        self._waiting += 1
+        self._ready.setdefault(ticket.limit, deque()).append(ticket)
+        return self._start(ticket.limit)
+
     def done(self, id_: int) -> list[Ticket]:
         """A running ticket ended. Returns what may start now."""
         ticket = self._running.pop(id_)
@@ -80,7 +104,12 @@ class Admission:
         return self._leave(ticket)
 
     def _leave(self, ticket: Ticket) -> list[Ticket]:
-        self._count[ticket.limit] -= 1
+        if ticket.id not in self._slotless:
+            self._count[ticket.limit] -= 1
+        elif ticket in (ready := self._ready.get(ticket.limit, deque())):
+            ready.remove(ticket)
+            self._waiting -= 1
+        self._slotless.discard(ticket.id)
         started = []
         if ticket.instance is not None:
             line = self._line[ticket.instance]
@@ -100,6 +129,7 @@ class Admission:
 
     def _run(self, ticket: Ticket) -> Ticket:
         self._running[ticket.id] = ticket
+        self._slotless.discard(ticket.id)
         self._count[ticket.limit] += 1
         self._waiting -= 1
         return ticket
