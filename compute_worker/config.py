@@ -74,6 +74,9 @@ class Compute:
         "Seconds a destination may be silent before a source that has not handed over yet takes its guest back.",
         min=0.1,
     )
+    image_withdraw_interval: float = option(
+        10.0, "Seconds between two tries to withdraw images of failed snapshots from a store that is silent.", min=0.05
+    )
     max_console_bytes: int = option(102_400, "Most bytes get_console_output answers.", min=1024)
 
 
@@ -115,6 +118,9 @@ class Images:
     download_attempts: int = option(5, "Times an interrupted download is resumed.", min=1)
     qemu_img_cpu_seconds: int = option(30, "Processor seconds qemu-img may use to look at an image.", min=1)
     qemu_img_memory_mb: int = option(2048, "Address space in MiB that qemu-img may use to look at an image.", min=256)
+    snapshot_format: str = option(
+        "qcow2", "Format of the images that snapshots make, where none is asked for.", choices=("qcow2", "raw")
+    )
     remove_unused_base_images_after: float = option(86_400.0, "Seconds after which an unused base image goes.", min=0)
     cache_manager_interval: float = option(2400.0, "Seconds between two looks for unused base images.", min=1)
 
@@ -142,6 +148,17 @@ class Libvirt:
     keepalive_interval: int = option(2, "Seconds of silence after which libvirt is asked whether it lives.", min=1)
     keepalive_count: int = option(3, "Unanswered questions after which it does not.", min=1)
     disk_owner_group: str = option("", "Group that disks are given to (qemu's); empty: left as created.")
+    snapshot_freeze_timeout: float = option(
+        10.0,
+        "Seconds that a guest's file systems may be frozen by its agent for a snapshot, and that the agent has to "
+        "answer; 0: they are not frozen.",
+        min=0,
+    )
+    snapshot_incremental: bool = option(
+        True,
+        "Whether a snapshot reads from the guest's disk only what was written since the last one, where the disk and "
+        "the image store can.",
+    )
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,38 @@ class ImageMeta(Object, frozen=True, kw_only=True):
     properties: dict[Key, Name] = {}
 
 
+class SnapshotOptions(Object, frozen=True, kw_only=True):
+    """What the image of a snapshot is to be; everything else of it comes from the instance."""
+
+    name: Name = ""
+    store: Device | None = None
+    """Entry-point name of the store it goes to; ``None``: the host's default."""
+    disk_format: Annotated[str, Meta(pattern=r"^(raw|qcow2)\Z")] | None = None
+    """``None``: what the host is configured to make."""
+    compression: Annotated[str, Meta(pattern=r"^(none|zlib|zstd)\Z")] = "none"
+    """Of the data inside a qcow2 image."""
+    properties: Annotated[dict[Key, Name], Meta(max_length=64)] = {}
+
+
+class StoredImage(Object, frozen=True, kw_only=True):
+    """An image as its store lists it. ``created_at``: seconds since the epoch."""
+
+    image: ImageMeta
+    created_at: float = 0.0
+
+
+class CachedImage(Object, frozen=True, kw_only=True):
+    """A base image in a host's cache. ``used_at``: seconds since the epoch, 0 where it was never noted."""
+
+    name: Name
+    size_bytes: Bytes
+    """Of the disk in it."""
+    allocated_bytes: Bytes = 0
+    used_at: float = 0.0
+    in_use: bool = False
+    """Whether a disk on this host stands on it."""
+
+
 class EphemeralDisk(Object, frozen=True, kw_only=True):
     """An empty disk with a file system, beside the root disk."""
 

@@ -44,6 +44,7 @@ class TaskState(StrEnum):
     RESIZE_REVERTING = "resize_reverting"
     MIGRATING = "migrating"
     IMAGE_SNAPSHOT = "image_snapshot"
+    IMAGE_BACKUP = "image_backup"
     IMAGE_PENDING_UPLOAD = "image_pending_upload"
     IMAGE_UPLOADING = "image_uploading"
 
@@ -135,6 +136,7 @@ COMMANDS: Mapping[str, Command] = {
     "revert_resize": Command(_in(_V.RESIZED), _T.RESIZE_REVERTING),
     "live_migration": Command(_in(_V.ACTIVE, _V.PAUSED), _T.MIGRATING),
     "snapshot_instance": Command(_in(_V.ACTIVE, _V.STOPPED, _V.PAUSED, _V.SUSPENDED), _T.IMAGE_SNAPSHOT),
+    "backup_instance": Command(_in(_V.ACTIVE, _V.STOPPED, _V.PAUSED, _V.SUSPENDED), _T.IMAGE_BACKUP),
 }
 
 

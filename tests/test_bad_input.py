@@ -350,6 +350,29 @@ BAD_MOVES: list[tuple[str, dict[str, Any], type[errors.ComputeError]]] = [
     ("live_migration_force_complete", {"instance": ACTIVE, "migration": NOWHERE, "how": "x"}, errors.InvalidCommand),
     ("snapshot_instance", {"instance": ACTIVE, "image": "../x"}, errors.InvalidCommand),
     ("snapshot_instance", {"instance": NOWHERE, "image": "snap"}, errors.InstanceNotFound),
+    *(
+        ("snapshot_instance", {"instance": ACTIVE, "image": "s", "options": options}, error)
+        for options, error in (
+            ({"disk_format": "vmdk"}, errors.InvalidCommand),
+            ({"name": "a\nb"}, errors.InvalidCommand),
+            ({"store": "../x"}, errors.InvalidCommand),
+            ({"store": "nosuch"}, errors.NotSupported),
+            ({"compression": "zlib", "disk_format": "raw"}, errors.InvalidCommand),
+            ({"properties": {"instance_uuid": "another"}}, errors.InvalidCommand),
+            ({"properties": {"x\r\ny": "z"}}, errors.InvalidCommand),
+        )
+    ),
+    ("snapshot", {"instance": ACTIVE, "image": "a/b"}, errors.InvalidCommand),
+    ("snapshot", {"instance": NOWHERE, "image": "snap"}, errors.InstanceNotFound),
+    *(
+        ("backup_instance", {"image": "s", "instance": uuid, "backup_type": kind, "rotation": rotation}, error)
+        for uuid, kind, rotation, error in (
+            (ACTIVE, "daily", 0, errors.InvalidCommand),
+            (ACTIVE, "../x", 1, errors.InvalidCommand),
+            (ACTIVE, "", 1, errors.InvalidCommand),
+            (NOWHERE, "daily", 1, errors.InstanceNotFound),
+        )
+    ),
     ("repair_leftovers", {"findings": "everything"}, errors.InvalidCommand),
 ]
 

@@ -39,6 +39,7 @@ DESIGNED = {
     "revert_resize",
     "live_migration",
     "snapshot_instance",
+    "backup_instance",
 }
 
 

@@ -28,17 +28,18 @@ from compute_worker.manager import (
     resize_source,
     resize_verdict,
     snapshot,
+    withdrawals,
 )
 from compute_worker.manager.core import Core
 from compute_worker.manager.doctor import DoctorEndpoint
 from compute_worker.manager.hostswitch import HostSwitch
+from compute_worker.manager.imaging import SnapshotEndpoint
 from compute_worker.manager.inventory import InventoryEndpoint
 from compute_worker.manager.lifecycle import LifecycleEndpoint
 from compute_worker.manager.live import LiveMigrationEndpoint
 from compute_worker.manager.peers import Peers
 from compute_worker.manager.resize import ResizeEndpoint
 from compute_worker.manager.settler import Settler
-from compute_worker.manager.snapshot import SnapshotEndpoint
 from compute_worker.manager.watch import Watch
 from compute_worker.messages import Context
 from compute_worker.objects import HostState
@@ -76,7 +77,8 @@ def kinds_of(core: Core) -> Mapping[str, Kind]:
         resize_verdict.drop_kind(core),
         resize_verdict.revert_kind(core),
         resize_verdict.back_kind(core),
-        snapshot.kind(core),
+        snapshot.snapshot_kind(core),
+        snapshot.backup_kind(core),
         live_source.kind(core),
         live_destination.kind(core),
         doctor.kind(core),
@@ -111,7 +113,9 @@ class ComputeManager:
         objects.decode(settings.host, objects.HostName, "[compute] host")
         path = Path(settings.compute.state_path)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        schemas = (SCHEMA, store_module.SCHEMA, claims_module.SCHEMA, moves_module.SCHEMA)
+        schemas = (
+            SCHEMA, store_module.SCHEMA, claims_module.SCHEMA, moves_module.SCHEMA, withdrawals.SCHEMA
+        )  # fmt: skip
         self.database = Database(path / "journal.sqlite", schemas, on_commit)
         store = Store(self.database, settings.host)
         self.core = Core(
@@ -143,6 +147,7 @@ class ComputeManager:
         self.lifecycle = LifecycleEndpoint(self.core, self.operations, switch)
         self.inventory = InventoryEndpoint(self.core, self.operations, switch, announce or _nobody)
         self.settler = Settler(self.core, self.operations)
+        self.withdrawer = withdrawals.Withdrawer(self.core)
         self.resize = ResizeEndpoint(self.core, self.operations, switch, self.settler)
         self.live = LiveMigrationEndpoint(self.core, self.operations, switch)
         self.snapshot = SnapshotEndpoint(self.core, self.operations)
@@ -175,6 +180,7 @@ class ComputeManager:
         self.watch.compared.wait(timeout=1.0)
         count = self.operations.start()
         self.settler.start()
+        self.withdrawer.start()
         self._started = True
         LOG.info("host %s: %d operations go on; journal %s", self.core.host, count, self.database.journal_id)
 
@@ -186,6 +192,7 @@ class ComputeManager:
         deadline = time.monotonic() + timeout
         ended = self.operations.stop(timeout)
         self.settler.stop(max(0.1, deadline - time.monotonic()))
+        self.withdrawer.stop(max(0.1, deadline - time.monotonic()))
         self.watch.stop(max(0.1, deadline - time.monotonic()))
         closer = threading.Thread(target=self.core.driver.cleanup_host, daemon=True)
         closer.start()

@@ -42,6 +42,7 @@ from compute_worker.objects import (
 )
 from compute_worker.rpc import transport as transports
 from compute_worker.rpc import wire
+from compute_worker.rpc.client_images import ImagesAPI
 from compute_worker.rpc.since import SINCE
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class CommandOptions(TypedDict, total=False):
     """Do not wait for the worker: the command is accepted when the broker has it, and a refusal is a notification."""
 
 
-class ComputeAPI:
+class ComputeAPI(ImagesAPI):
     """The messages of a worker. Thread-safe; one per process is enough.
 
     :param transport: from :func:`compute_worker.rpc.transport.get_transport`.
@@ -227,13 +228,6 @@ class ComputeAPI:
     def forget_host(self, forget: str, *, host: str, **options: Unpack[CommandOptions]) -> Accepted:
         """Let ``host`` wait no longer for host ``forget``, which never returns."""
         return self._command(host, "forget_host", options, {"forget": forget})
-
-    def snapshot_instance(
-        self, instance: str, image: str, live: bool = True, *, host: str, **options: Unpack[CommandOptions]
-    ) -> Accepted:
-        """Make image ``image`` of an instance's root disk; its guest runs on."""
-        args = {"instance": instance, "image": image, "live": live}
-        return self._command(host, "snapshot_instance", options, args)
 
     def check_can_live_migrate_destination(
         self, instance: Instance, migration: Migration, disk_over_commit: bool = False, *, host: str

@@ -21,17 +21,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from compute_worker.errors import NotSupported
 from compute_worker.objects import (
+    CachedImage,
     Diagnostics,
     DiskInfo,
+    ImageMeta,
     InjectedFile,
     Instance,
     MigrateData,
     Migration,
 )
 from compute_worker.states import PowerState
+
+if TYPE_CHECKING:
+    from compute_worker.images.store import ImageStore
 
 
 class Job(Protocol):
@@ -80,6 +86,20 @@ class SpawnRequest:
 
     injected_files: Sequence[InjectedFile] = ()
     admin_password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRequest:
+    """The image a snapshot is to make.
+
+    ``image`` is all that its store is told when it is created: id, store, name, ``disk_format`` (``raw`` or
+    ``qcow2``), smallest sizes, properties. ``live``: the guest is to run on meanwhile where that can be done.
+    ``compression``: ``none``, ``zlib`` or ``zstd``, of the data in a qcow2.
+    """
+
+    image: ImageMeta
+    live: bool = True
+    compression: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,9 +447,19 @@ class ComputeDriver(abc.ABC):
     # --- snapshot -----------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def snapshot(self, instance: Instance, image_id: str, live: bool) -> list[Part]:
-        """Parts that freeze a point in time of the guest's root disk and send it to the image store; the last one
-        publishes it and returns ``{"image": ...}``. Undone, no image is left in the store."""
+    def snapshot(self, instance: Instance, request: SnapshotRequest) -> list[Part]:
+        """Parts that send a point in time of the guest's root disk to the image store: ``create_image`` there, which
+        alone withdraws it again; ``freeze``; ``upload``; the last publishes it and returns ``{"image": ...}``:
+        ``request.image`` with size and checksum. The guest's side is thus put back before the store is asked.
+        """
+
+    def image_store(self, name: str | None) -> ImageStore:
+        """The image store of that name; ``None``: the host's default."""
+        raise NotSupported(what=f"image store {name or 'default'} of this driver")
+
+    def list_cached_images(self) -> list[CachedImage]:
+        """The base images on this host."""
+        return []
 
 
 class NullJob:

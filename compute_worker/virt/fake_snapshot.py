@@ -1,107 +1,127 @@
-"""Snapshots on the fake driver: freeze, upload, publish."""
+"""Snapshots on the fake driver: create the image, freeze, upload, publish."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
-from compute_worker.errors import GuestFailed, ImageUnacceptable
-from compute_worker.objects import ImageMeta, Instance, encode
-from compute_worker.virt.driver import Job, Part
+from compute_worker.errors import GuestFailed, ImageUnacceptable, NotSupported
+from compute_worker.images.store import ImageStore
+from compute_worker.objects import CachedImage, ImageMeta, Instance, encode
+from compute_worker.virt.driver import Job, Part, SnapshotRequest
 from compute_worker.virt.fake_base import FakeBase
 from compute_worker.virt.simulated.files import PART
-from compute_worker.virt.simulated.images import Image
+from compute_worker.virt.simulated.images import from_qcow2, to_qcow2
 from compute_worker.virt.simulated.model import File
+from compute_worker.virt.simulated.shelfstore import ShelfStore
+
+STORES = (None, "file", "http", "glance")
+"""Names of stores that a simulated host takes for its one shelf."""
 
 
 class Snapshots(FakeBase):
-    """``snapshot``."""
+    """``snapshot``, and where its images go."""
 
-    def snapshot(self, instance: Instance, image_id: str, live: bool) -> list[Part]:
-        """``freeze, upload, publish``. The guest never stops: freezing takes no time here, ``live`` or not."""
+    def snapshot(self, instance: Instance, request: SnapshotRequest) -> list[Part]:
+        """``create_image, freeze, upload, publish``. The guest never stops: freezing takes no time here."""
+        self.image_store(request.image.store)
+        image = request.image
         return [
-            Part("freeze", lambda j: self._freeze(instance, image_id), lambda j: self._thaw(instance, image_id)),
             Part(
-                "upload",
-                lambda j: self._upload(instance, image_id, j),
-                lambda j: self._withdraw(instance, image_id),
+                "create_image", lambda j: self._create(instance, image, j), lambda j: self._withdraw(instance, image, j)
             ),
-            Part(
-                "publish",
-                lambda j: self._publish(instance, image_id),
-                lambda j: self._withdraw(instance, image_id),
-            ),
+            Part("freeze", lambda j: self._freeze(instance, image), lambda j: self._thaw(instance, image)),
+            Part("upload", lambda j: self._upload(instance, request, j), lambda j: None),
+            Part("publish", lambda j: self._publish(instance, request), lambda j: None),
         ]
 
-    def _freeze(self, instance: Instance, image_id: str) -> None:
-        uuid, name = instance.uuid, _frozen(image_id)
+    def image_store(self, name: str | None) -> ImageStore:
+        """The cell's shelf, by any store's name."""
+        if name not in STORES:
+            raise NotSupported(what=f"image store {name!r}")
+        return ShelfStore(self._connection)
+
+    def list_cached_images(self) -> list[CachedImage]:
+        """``_base``."""
+        with self._connection.call("list_cached_images", files=True) as host:
+            used = {
+                file.backing
+                for slot in host.slots.values()
+                for directory in slot.directories.values()
+                for file in directory.values()
+            }
+            return [
+                CachedImage(
+                    name=name,
+                    size_bytes=file.size,
+                    allocated_bytes=len(file.data),
+                    used_at=file.used_at,
+                    in_use=name in used,
+                )
+                for name, file in sorted(host.base.items())
+                if not name.endswith(PART)
+            ]
+
+    def _create(self, instance: Instance, image: ImageMeta, job: Job) -> None:
+        with self._connection.call("create_image", instance.uuid, job, files=True) as host:
+            if not host.images.made_by(image) and not host.images.create(image):
+                raise ImageUnacceptable(
+                    image=image.id, reason="the store has an image of this id already", instance=instance.uuid
+                )
+
+    def _withdraw(self, instance: Instance, image: ImageMeta, job: Job) -> None:
+        with self._connection.call("withdraw", instance.uuid, job, files=True) as host:
+            host.images.withdraw(image)
+
+    def _freeze(self, instance: Instance, image: ImageMeta) -> None:
+        uuid, name = instance.uuid, _frozen(image.id)
         with self._connection.call("freeze", uuid) as host:
             directory = host.directory(uuid)
             if directory is None or "disk" not in directory:
                 raise GuestFailed(instance=uuid, reason=f"it has no root disk in {host.path(uuid)}")
-            if name not in directory and not self._is_published(instance, image_id):
+            if name not in directory and not host.images.made_by(image):
                 disk = directory["disk"]
-                host.write(uuid, {name: File(host.content(disk), "raw", disk.size)})
+                host.write(uuid, {name: File(from_qcow2(host.content(disk)), "raw", disk.size)})
 
-    def _thaw(self, instance: Instance, image_id: str) -> None:
+    def _thaw(self, instance: Instance, image: ImageMeta) -> None:
         with self._connection.call("thaw", instance.uuid, files=True) as host:
-            host.remove(instance.uuid, _frozen(image_id))
+            host.remove(instance.uuid, _frozen(image.id))
 
-    def _upload(self, instance: Instance, image_id: str, job: Job) -> None:
-        uuid = instance.uuid
-        with self._connection.call("upload", uuid, job, files=True) as host:
-            if self._is_published(instance, image_id):
+    def _upload(self, instance: Instance, request: SnapshotRequest, job: Job) -> None:
+        image = request.image
+        with self._connection.call("upload", instance.uuid, job, files=True) as host:
+            if host.images.made_by(image):
                 return
-            data = self._frozen_data(instance, image_id)
+            data = self._frozen_data(instance, request)
         for sent in self.stream(data, job, "upload"):
-            host.images.stage(image_id, sent)
+            host.images.stage(image.id, sent)
 
-    def _publish(self, instance: Instance, image_id: str) -> Mapping[str, Any]:
-        uuid = instance.uuid
-        with self._connection.call("publish", uuid, files=True) as host:
-            if not self._is_published(instance, image_id):
-                host.images.stage(image_id, self._frozen_data(instance, image_id))
-                if not host.images.publish(image_id, self._origin(instance, image_id)):
-                    raise ImageUnacceptable(
-                        image=image_id, reason="the store has an image of this id already", instance=uuid
-                    )
-                host.effect(image_id, "publish")
-            host.remove(uuid, _frozen(image_id))
-            image = host.images.get(image_id)
-            assert image is not None
-            return {"image": encode(_described(instance.image, image_id, image))}
-
-    def _withdraw(self, instance: Instance, image_id: str) -> None:
-        with self._connection.call("withdraw", instance.uuid, files=True) as host:
-            host.images.withdraw(image_id, self._origin(instance, image_id))
-
-    def _is_published(self, instance: Instance, image_id: str) -> bool:
-        return self.simulated.images.origin(image_id) == self._origin(instance, image_id)
-
-    def _origin(self, instance: Instance, image_id: str) -> str:
-        return f"{instance.uuid}/{image_id}"
-
-    def _frozen_data(self, instance: Instance, image_id: str) -> bytes:
-        file = (self.simulated.directory(instance.uuid) or {}).get(_frozen(image_id))
+    def _frozen_data(self, instance: Instance, request: SnapshotRequest) -> bytes:
+        """What was frozen, in the image's format."""
+        image = request.image
+        file = (self.simulated.directory(instance.uuid) or {}).get(_frozen(image.id))
         if file is None:
-            raise GuestFailed(instance=instance.uuid, reason=f"what was frozen for image {image_id} is gone")
+            raise GuestFailed(instance=instance.uuid, reason=f"what was frozen for image {image.id} is gone")
+        if image.disk_format == "qcow2":
+            return to_qcow2(file.data, file.size, request.compression)
         return file.data
+
+    def _publish(self, instance: Instance, request: SnapshotRequest) -> Mapping[str, Any]:
+        uuid, image = instance.uuid, request.image
+        with self._connection.call("publish", uuid, files=True) as host:
+            if not host.images.made_by(image):
+                # The shelf's staging does not outlive its process.
+                host.images.stage(image.id, self._frozen_data(instance, request))
+                if not host.images.publish(image.id):
+                    raise ImageUnacceptable(
+                        image=image.id, reason="the store has an image of this id already", instance=uuid
+                    )
+                host.effect(image.id, "publish")
+            host.remove(uuid, _frozen(image.id))
+            note = host.images.note(image.id)
+            assert note is not None
+            return {"image": encode(note.image)}
 
 
 def _frozen(image_id: str) -> str:
     return f"snapshot-{image_id}{PART}"
-
-
-def _described(parent: ImageMeta, image_id: str, image: Image) -> ImageMeta:
-    return msgspec.structs.replace(
-        parent,
-        id=image_id,
-        name=f"{parent.name} snapshot".strip(),
-        disk_format=image.disk_format,
-        size_bytes=image.size,
-        checksum_algorithm="sha256",
-        checksum=hashlib.sha256(image.data).hexdigest(),
-    )

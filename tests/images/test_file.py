@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from compute_worker import errors
 from compute_worker.config import Images
 from compute_worker.images.file import FileStore
+from compute_worker.images.store import ORIGIN, Hole
 from compute_worker.objects import ImageMeta
+from tests.images.support import Job, sha256
 
 
 @pytest.fixture
@@ -62,28 +70,209 @@ def test_a_missing_directory_may_come_back(tmp_path: Path) -> None:
         FileStore(Images(file_path=str(tmp_path / "gone"))).stat("x")
 
 
+def snapshot(operation: str = "op-1", **changes: Any) -> ImageMeta:
+    properties = {ORIGIN: operation, **changes.pop("properties", {})}
+    return ImageMeta(id="snap", disk_format="qcow2", properties=properties, **changes)
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(entry.name for entry in (tmp_path / "images").iterdir())
+
+
 def test_an_image_is_seen_when_published_and_not_before(store: FileStore, tmp_path: Path) -> None:
-    image = ImageMeta(id="snap")
+    image = snapshot()
     store.create(image)
     store.create(image)
     store.write("snap", iter([b"abc", b"def"]), 6)
-    store.write("snap", iter([b"abc", b"defg"]), 7)
+    facts = store.write("snap", iter([b"abc", b"defg"]), 7)
+    assert (facts.size_bytes, facts.checksum) == (7, sha256(b"abcdefg"))
     with pytest.raises(errors.ImageNotFound):
         store.stat("snap")
-    assert store.publish("snap").size_bytes == 7
-    assert store.publish("snap").size_bytes == 7
-    store.abort("snap")
+    assert store.list_images({ORIGIN: "op-1"}) == []
+    assert store.publish("snap") == store.publish("snap")
+    found = store.stat("snap")
+    assert (found.size_bytes, found.checksum, found.disk_format) == (7, sha256(b"abcdefg"), "qcow2")
     assert read(store, "snap") == (0, b"abcdefg")
     with pytest.raises(errors.ImageUnacceptable, match="already"):
         store.create(image)
+    assert names(tmp_path) == [".snap.json", "cirros", "snap"]
 
 
-def test_an_aborted_image_leaves_nothing(store: FileStore, tmp_path: Path) -> None:
-    store.create(ImageMeta(id="snap"))
+def test_a_withdrawn_image_leaves_nothing(store: FileStore, tmp_path: Path) -> None:
+    store.create(snapshot())
     with pytest.raises(errors.ImageUnacceptable, match="announced"):
         store.write("snap", iter([b"abc"]), 4)
-    store.abort("snap")
-    store.abort("snap")
-    assert [entry.name for entry in (tmp_path / "images").iterdir()] == ["cirros"]
+    store.withdraw(snapshot())
+    store.withdraw(snapshot())
+    assert names(tmp_path) == ["cirros"]
     with pytest.raises(errors.ImageNotFound):
         store.publish("snap")
+
+
+def test_also_a_published_one_and_never_another_operations(store: FileStore, tmp_path: Path) -> None:
+    store.create(snapshot())
+    with pytest.raises(errors.ImageUnacceptable, match="already"):
+        store.create(snapshot("op-2"))
+    store.withdraw(snapshot("op-2"))
+    store.write("snap", [b"abc"])
+    store.publish("snap")
+    store.withdraw(snapshot("op-2"))
+    store.withdraw(ImageMeta(id="cirros", properties={ORIGIN: "op-2"}))
+    assert names(tmp_path) == [".snap.json", "cirros", "snap"]
+    store.withdraw(snapshot())
+    assert names(tmp_path) == ["cirros"]
+
+
+def test_an_image_that_came_meanwhile_is_not_replaced(store: FileStore, tmp_path: Path) -> None:
+    store.create(snapshot())
+    store.write("snap", [b"abc"])
+    (tmp_path / "images" / "snap").write_bytes(b"theirs")
+    with pytest.raises(errors.ImageUnacceptable, match="already"):
+        store.publish("snap")
+    assert read(store, "snap") == (0, b"theirs")
+
+
+@pytest.mark.parametrize("died", ["created", "written", "linked"])
+def test_a_successor_goes_on_where_it_died(store: FileStore, tmp_path: Path, died: str) -> None:
+    images = tmp_path / "images"
+    store.create(snapshot())
+    if died == "created":
+        (images / ".snap.part").unlink()
+    else:
+        store.write("snap", [b"abc"])
+    if died == "linked":
+        os.link(images / ".snap.part", images / "snap")
+    else:
+        store = FileStore(Images(file_path=str(images)))
+        store.create(snapshot())
+        store.write("snap", [b"abc"])
+    assert store.publish("snap").checksum == sha256(b"abc")
+    assert names(tmp_path) == [".snap.json", "cirros", "snap"]
+
+
+def test_nobody_else_reads_it(store: FileStore, tmp_path: Path) -> None:
+    store.create(snapshot())
+    store.write("snap", [b"abc"])
+    assert (tmp_path / "images" / ".snap.part").stat().st_mode & 0o777 == 0o600
+    store.publish("snap")
+    assert (tmp_path / "images" / "snap").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "images" / ".snap.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_holes_take_no_place_and_count(store: FileStore) -> None:
+    store.create(snapshot())
+    pieces = [b"a" * 4096, Hole(64 << 20), b"z" * 4096, Hole(1 << 20)]
+    facts = store.write("snap", pieces, job=Job())
+    whole = b"a" * 4096 + bytes(64 << 20) + b"z" * 4096 + bytes(1 << 20)
+    assert (facts.size_bytes, facts.checksum) == (len(whole), sha256(whole))
+    store.publish("snap")
+    path = store.local_path("snap")
+    assert path is not None and path.stat().st_blocks * 512 <= 1 << 20
+    assert path.read_bytes() == whole
+
+
+PATCHES = st.lists(
+    st.tuples(st.integers(0, 200), st.one_of(st.binary(min_size=1, max_size=50), st.integers(1, 50).map(Hole))),
+    max_size=6,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(parent=st.binary(max_size=250), patches=PATCHES, size=st.integers(250, 300))
+def test_a_delta_over_a_copy_of_its_parent(
+    tmp_path_factory: pytest.TempPathFactory, parent: bytes, patches: list[tuple[int, bytes | Hole]], size: int
+) -> None:
+    root = tmp_path_factory.mktemp("images")
+    (root / "parent").write_bytes(parent)
+    store = FileStore(Images(file_path=str(root)))
+    expected = bytearray(parent.ljust(size, b"\0"))
+    for offset, piece in patches:
+        data = bytes(piece.size) if isinstance(piece, Hole) else piece
+        expected[offset : offset + len(data)] = data
+    store.create(snapshot())
+    facts = store.write_delta("snap", "parent", iter(patches), size, Job())
+    store.publish("snap")
+    assert read(store, "snap") == (0, bytes(expected[:size]))
+    assert facts.checksum == sha256(bytes(expected[:size]))
+    assert (root / "parent").read_bytes() == parent
+
+
+def test_a_parent_that_is_gone(store: FileStore) -> None:
+    store.create(snapshot())
+    with pytest.raises(errors.ImageNotFound):
+        store.write_delta("snap", "nosuch", [(0, b"x")], 1)
+
+
+def test_cancelled_between_two_pieces(store: FileStore, tmp_path: Path) -> None:
+    job = Job()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"abc"
+        job.cancel()
+        yield b"def"
+
+    store.create(snapshot())
+    with pytest.raises(errors.Cancelled):
+        store.write("snap", pieces(), job=job)
+    store.withdraw(snapshot())
+    assert names(tmp_path) == ["cirros"]
+
+
+def test_a_full_store_says_where(store: FileStore, tmp_path: Path) -> None:
+    store.create(snapshot())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(errors.DiskFull, match=r"\.snap\.part"):
+            store.write("snap", [bytes(1 << 19)] * 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    store.withdraw(snapshot())
+    assert names(tmp_path) == ["cirros"]
+
+
+def test_what_fails_where_the_pieces_come_from_is_no_fault_of_the_store(store: FileStore) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"abc"
+        raise errors.GuestFailed(instance="x", reason="its disk is gone")
+
+    store.create(snapshot())
+    with pytest.raises(errors.GuestFailed):
+        store.write("snap", pieces())
+
+
+def test_listed_the_newest_first_by_properties(store: FileStore, tmp_path: Path) -> None:
+    for number in range(3):
+        image = ImageMeta(id=f"backup-{number}", name=f"n{number}", properties={"kind": "daily", "n": str(number % 2)})
+        store.create(image)
+        store.write(image.id, [b"abc"])
+        store.publish(image.id)
+    assert [found.image.id for found in store.list_images({"kind": "daily"})] == ["backup-2", "backup-1", "backup-0"]
+    assert [found.image.name for found in store.list_images({"kind": "daily", "n": "0"})] == ["n2", "n0"]
+    assert [found.image.id for found in store.list_images({"kind": "daily"}, limit=1)] == ["backup-2"]
+    everything = {found.image.id: found.image for found in store.list_images({})}
+    assert set(everything) == {"backup-0", "backup-1", "backup-2", "cirros"}
+    assert everything["cirros"].size_bytes == 10
+    store.delete("backup-1")
+    store.delete("backup-1")
+    assert not [name for name in names(tmp_path) if "backup-1" in name]
+
+
+def test_a_note_counts_for_the_file_it_was_written_for(store: FileStore, tmp_path: Path) -> None:
+    store.create(snapshot())
+    store.write("snap", [b"abc"])
+    store.publish("snap")
+    (tmp_path / "images" / "snap").write_bytes(b"QFI\xfb and another file")
+    assert store.stat("snap").checksum is None
+    assert store.list_images({ORIGIN: "op-1"}) == []
+    assert {f.image.id: f.image.disk_format for f in store.list_images({})} == {"cirros": "raw", "snap": "qcow2"}
+
+
+@pytest.mark.parametrize("image_id", ["../x", "a/b", "", ".snap.json", "a\n"])
+def test_an_id_is_never_a_path(store: FileStore, tmp_path: Path, image_id: str) -> None:
+    for touch in (store.delete, store.publish, store.local_path, lambda name: store.write(name, [b"x"])):
+        with pytest.raises(errors.ImageNotFound):
+            touch(image_id)
+    assert names(tmp_path) == ["cirros"]

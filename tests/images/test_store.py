@@ -9,7 +9,7 @@ from compute_worker import errors
 from compute_worker.config import Images
 from compute_worker.images.file import FileStore
 from compute_worker.images.http import HttpStore
-from compute_worker.images.store import ImageFacts, ImageStore, ImageStores, Opened
+from compute_worker.images.store import CHUNK_BYTES, Hole, ImageFacts, ImageStore, ImageStores, Opened, flat
 from compute_worker.objects import ImageMeta
 
 
@@ -45,16 +45,26 @@ def test_ids_are_never_paths(image_id: str) -> None:
         ReadOnly().check_id(image_id)
 
 
+def test_holes_become_zeros_a_chunk_at_a_time() -> None:
+    pieces = list(flat([b"ab", Hole(CHUNK_BYTES + 3), bytearray(b"c")]))
+    assert [len(piece) for piece in pieces] == [2, CHUNK_BYTES, 3, 1]
+    assert b"".join(pieces) == b"ab" + bytes(CHUNK_BYTES + 3) + b"c"
+
+
 def test_a_store_takes_no_images_unless_it_says_how() -> None:
     def chunks() -> Iterator[bytes]:
         yield b"x"
 
     store = ReadOnly()
+    assert store.local_path("x") is None
     for call in (
         lambda: store.create(ImageMeta(id="x")),
         lambda: store.write("x", chunks()),
         lambda: store.publish("x"),
-        lambda: store.abort("x"),
+        lambda: store.withdraw(ImageMeta(id="x")),
+        lambda: store.write_delta("x", "y", [], 0),
+        lambda: store.list_images({}),
+        lambda: store.delete("x"),
     ):
         with pytest.raises(errors.NotSupported, match="readonly"):
             call()

@@ -68,7 +68,7 @@ class Machine:
         self.net.machines[name] = self
         options = {"host": name, "state_path": str(directory / name), "shutdown_timeout": 1.0}
         options |= {"shutdown_retry_interval": 0.1, "soft_reboot_timeout": 5.0, "graceful_shutdown_timeout": 2.0}
-        options |= {"peer_ask_interval": 0.1}
+        options |= {"peer_ask_interval": 0.1, "image_withdraw_interval": 0.05}
         self.settings = dataclasses.replace(Settings(), compute=Compute(**(options | compute)))
         self.host = SimulatedHost(name, cell)
         self.host.images.put(IMAGE, b"root file system")
@@ -108,6 +108,7 @@ class Machine:
         """The kernel takes the threads of a killed worker; ours leave by themselves."""
         self.worker.operations.stop(5)
         self.worker.settler.stop()
+        self.worker.withdrawer.stop()
         self.worker.watch.stop()
 
     def restart(self) -> None:

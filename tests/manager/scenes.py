@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from compute_worker import errors
+from compute_worker.objects import SnapshotOptions
 from compute_worker.states import OperationState, PowerState, VmState
 from tests.manager.machine import Machine, make_instance
 
@@ -56,6 +57,28 @@ def snapshot(machine: Machine) -> str:
     return machine.send("snapshot_instance", UUID, "snap", operation=OPERATION)
 
 
+def raw_snapshot(machine: Machine) -> str:
+    options = SnapshotOptions(name="raw", disk_format="raw", properties={"os_distro": "tested"})
+    return machine.send("snapshot_instance", UUID, "snap", False, options, operation=OPERATION)
+
+
+def backup(machine: Machine) -> str:
+    return machine.send("backup_instance", UUID, "backup-new", "daily", 2, operation=OPERATION)
+
+
+def backed_up(machine: Machine) -> None:
+    boot(machine)
+    for number in range(2):
+        assert machine.do("backup_instance", UUID, f"backup-{number}", "daily", 2).state is OperationState.DONE
+
+
+def silent_store(machine: Machine) -> None:
+    """The upload breaks, and the store is then deaf to being told to forget the image, twice."""
+    boot(machine)
+    machine.host.faults.fail("upload", BROKEN, times=1)
+    machine.host.faults.fail("withdraw", errors.ImageStoreUnavailable(store="simulated", reason="injected"), times=2)
+
+
 def command(name: str, **arguments: object) -> Callable[[Machine], str]:
     return lambda machine: machine.send(name, UUID, operation=OPERATION, **arguments)
 
@@ -76,6 +99,11 @@ class Scene:
     power: PowerState
     effects: dict[str, int] = field(default_factory=dict)
     fault: str | None = None
+
+    @property
+    def image(self) -> str | None:
+        """Id of the image that the scene's operation makes."""
+        return {"snapshot_instance": "snap", "backup_instance": "backup-new"}.get(self.kind)
 
 
 _D, _U, _V, _P = OperationState.DONE, OperationState.UNDONE, VmState, PowerState
@@ -110,10 +138,19 @@ SCENES = [
         "start-crashed", "start_instance", crashed, command("start_instance"), _D, _V.ACTIVE, _P.RUNNING, {"boot": 1}
     ),
     Scene("snapshot", "snapshot_instance", boot, snapshot, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0, "kill": 0}),
+    Scene("snapshot-raw", "snapshot_instance", boot, raw_snapshot, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0}),
+    Scene("snapshot-store-silent", "snapshot_instance", silent_store, snapshot, _U, _V.ACTIVE, _P.RUNNING, {"boot": 0}),
+    Scene("snapshot-paused", "snapshot_instance", after("pause_instance"), snapshot, _D, _V.PAUSED, _P.PAUSED),
     *(
         Scene(f"snapshot-fails-in-{c}", "snapshot_instance", boot, snapshot, _U, _V.ACTIVE, _P.RUNNING, {"boot": 0}, c)
-        for c in ("freeze", "upload", "publish")
+        for c in ("create_image", "freeze", "upload", "publish")
     ),
+    Scene("backup", "backup_instance", backed_up, backup, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0, "kill": 0}),
+    *(
+        Scene(f"backup-fails-in-{c}", "backup_instance", boot, backup, _U, _V.ACTIVE, _P.RUNNING, {"boot": 0}, c)
+        for c in ("create_image", "freeze", "upload", "publish")
+    ),
+    Scene("backup-kept", "backup_instance", boot, backup, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0}, "store_list"),
     Scene("stop", "stop_instance", boot, command("stop_instance"), _D, _V.STOPPED, _P.SHUTDOWN, {"boot": 0, "kill": 0}),
     Scene(
         "stop-deaf",

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compute_worker.manager import withdrawals
 from compute_worker.manager.service import kinds_of
 from compute_worker.operations.database import Closed
 from compute_worker.operations.executor import Point
 from compute_worker.states import OperationState
-from tests.manager.machine import Machine, quiet_deaths
+from tests.manager.machine import IMAGE, Machine, quiet_deaths
 from tests.manager.movescenes import MOVE_KINDS
-from tests.manager.scenes import BROKEN, OPERATION, SCENES, UUID, Scene
+from tests.manager.scenes import BROKEN, OPERATION, SCENES, UUID, Scene, backed_up
 from tests.waiting import wait_for
 
 
@@ -65,9 +66,22 @@ def check(machine: Machine, scene: Scene, before: Counter) -> None:
     else:
         assert {left.kind for left in machine.host.leftovers()} <= {"directory", "domain"}
         assert machine.worker.core.claims.usage()["memory_mb"].used == 128
+    check_images(machine, scene)
     mine = [n for n in machine.notifications() if n.operation == OPERATION and not n.event_type.endswith("progress")]
     ends = [n.event_type.rpartition(".")[2] for n in mine]
     assert ends == ["start", "end" if scene.state is OperationState.DONE else "error"]
+
+
+def check_images(machine: Machine, scene: Scene) -> None:
+    """What the store has when a snapshot has ended: its image whole, or nothing of it."""
+    if scene.image is None:
+        return
+    wait_for(lambda: withdrawals.waiting(machine.worker.core) == [], what="images to be withdrawn")
+    done = scene.state is OperationState.DONE
+    before = {IMAGE} | ({"backup-1"} if scene.prepare is backed_up else set())
+    assert machine.host.images.names() == before | ({scene.image} if done else set())
+    note = machine.host.images.note(scene.image)
+    assert (note is not None and note.image.checksum is not None) is done
 
 
 CELLS = [(scene, point) for scene in SCENES for point in points_of(scene.name)]
@@ -128,6 +142,9 @@ def test_deleted_at_every_step(tmp_path_factory, scene):
         assert machine.host.leftovers() == [], point
         assert machine.instance(UUID) is None
         assert machine.worker.core.claims.usage()["memory_mb"].used == 0
+        if scene.image is not None:
+            wait_for(lambda m=machine: withdrawals.waiting(m.worker.core) == [], what="images to be withdrawn")
+            assert not [name for name in machine.host.images.names() if name.endswith(".part")]
         machine.close()
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from compute_worker import errors
+from compute_worker import errors, objects
+from compute_worker.manager import withdrawals
+from compute_worker.objects import SnapshotOptions
 from compute_worker.states import OperationState, VmState
+from compute_worker.virt.simulated.images import from_qcow2
 from tests.manager.machine import Machine, make_instance, quiet_deaths
-from tests.manager.scenes import UUID
+from tests.manager.scenes import OPERATION, UUID
 from tests.waiting import wait_for
 
 IMAGE = "snap"
@@ -27,13 +30,12 @@ def machine(tmp_path):
     machine.close()
 
 
-
 def test_the_image_is_what_the_guest_had(machine):
     found = machine.do("snapshot_instance", UUID, IMAGE)
     assert found.state is OperationState.DONE, found.error
     assert found.result["image"]["id"] == IMAGE
     image = machine.host.images.get(IMAGE)
-    assert image.data.endswith(b"written by the guest")
+    assert from_qcow2(image.data).endswith(b"written by the guest")
     assert machine.host.running(UUID)
     record = machine.instance(UUID)
     assert (record.vm_state, record.task_state) == (VmState.ACTIVE, None)
@@ -49,6 +51,65 @@ def test_cancelled_while_it_is_sent_nothing_is_in_the_store(machine):
     assert machine.host.images.get(IMAGE) is None
     assert machine.instance(UUID).task_state is None
     assert {left.kind for left in machine.host.leftovers()} == {"directory", "domain"}
+
+
+@pytest.mark.parametrize("method", ["snapshot", "snapshot_instance"])
+def test_by_either_name_it_is_one_operation(machine, method):
+    operation = machine.send("snapshot_instance", UUID, IMAGE, operation=OPERATION)
+    assert machine.send(method, UUID, IMAGE, operation=OPERATION) == operation
+    found = machine.outcome(operation)
+    assert (found.kind, found.state) == ("snapshot_instance", OperationState.DONE)
+    with pytest.raises(errors.OperationConflict):
+        machine.send(method, UUID, "another", operation=OPERATION)
+
+
+def test_what_was_asked_for_is_what_the_store_is_told(machine):
+    options = SnapshotOptions(name="golden", disk_format="raw", properties={"os_distro": "debian"})
+    found = machine.do("snapshot_instance", UUID, IMAGE, True, options)
+    told = objects.decode(found.result["image"], objects.ImageMeta, "test")
+    assert (told.name, told.disk_format, told.min_disk_gb) == ("golden", "raw", 1)
+    assert told.properties["os_distro"] == "debian"
+    assert told.properties["instance_uuid"] == UUID
+    assert told.size_bytes == len(machine.host.images.get(IMAGE).data)
+    assert [entry.image for entry in machine.ask("list_images", None, {"os_distro": "debian"})] == [told]
+
+
+def test_a_second_guest_boots_from_it(machine):
+    found = machine.do("snapshot_instance", UUID, IMAGE)
+    image = objects.decode(found.result["image"], objects.ImageMeta, "test")
+    second = make_instance(2, image=image, vifs=[])
+    assert machine.do("build_and_run_instance", second).state is OperationState.DONE
+    assert from_qcow2(machine.host.read_disk(second.uuid)).endswith(b"written by the guest")
+    cached = {entry.size_bytes: entry.in_use for entry in machine.ask("list_cached_images")}
+    assert cached[1 << 30]
+
+
+def test_a_silent_store_holds_up_neither_the_guest_nor_its_delete(machine):
+    silent = errors.ImageStoreUnavailable(store="simulated", reason="injected")
+    machine.host.faults.fail("withdraw", silent, times=None)
+    machine.host.faults.fail("upload", errors.GuestFailed(instance=UUID, reason="injected"))
+    found = machine.do("snapshot_instance", UUID, IMAGE)
+    assert found.state is OperationState.UNDONE
+    assert machine.instance(UUID).task_state is None
+    assert [image.id for image in withdrawals.waiting(machine.worker.core)] == [IMAGE]
+    assert machine.do("terminate_instance", UUID).state is OperationState.DONE
+    machine.kill()
+    machine.restart()
+    assert [image.id for image in withdrawals.waiting(machine.worker.core)] == [IMAGE]
+    assert f"{IMAGE}.part" in machine.host.images.names()
+    machine.host.faults.clear()
+    wait_for(lambda: withdrawals.waiting(machine.worker.core) == [], what="the image to be withdrawn")
+    assert f"{IMAGE}.part" not in machine.host.images.names()
+
+
+def test_an_image_that_is_there_is_not_touched(machine):
+    assert machine.do("snapshot_instance", UUID, IMAGE).state is OperationState.DONE
+    before = machine.host.images.get(IMAGE)
+    found = machine.do("snapshot_instance", UUID, IMAGE)
+    assert found.state is OperationState.UNDONE
+    assert found.error["class"] == "ImageUnacceptable"
+    assert machine.host.images.get(IMAGE) == before
+    assert [step.name for step in found.steps if step.direction == "do"] == ["create_image"]
 
 
 def test_deleted_while_it_is_sent(machine):

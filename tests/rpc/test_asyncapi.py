@@ -138,6 +138,8 @@ SENDING = {
     "settle_operation": ["prep_resize", ONE, ONE, 1, True], "get_migration": [ONE, "source"],
     "list_migrations": [False], "answer_peer": [ONE, {"ask": "facts"}], "peer_changed": [ONE],
     "list_leftovers": [], "repair_leftovers": [ONE], "snapshot_instance": [ONE, "backup-1"],
+    "snapshot": [ONE, "backup-1"], "backup_instance": [ONE, "backup-1", "daily", 7], "list_cached_images": [],
+    "list_images": ["file", {"image_type": "backup"}, 5],
     "get_hypervisor": [], "check_can_live_migrate_destination": [INSTANCE, MIGRATION],
     "check_can_live_migrate_source": [INSTANCE, MIGRATION, MOVING], "live_migration": [ONE, MIGRATION],
     "live_migration_abort": [ONE, ONE], "live_migration_force_complete": [ONE, ONE, "postcopy"],

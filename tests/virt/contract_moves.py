@@ -1,4 +1,4 @@
-"""The contract of moves between two hosts, and of snapshots. See ``contract``."""
+"""The contract of moves between two hosts. See ``contract``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compute_worker.states import PowerState, VmState
 from compute_worker.virt.driver import ComputeDriver, Part, SpawnRequest
 from tests.virt.contract import assert_nothing, booted, ours
 from tests.virt.jobs import RecordingJob
-from tests.virt.world import LIVE, RESIZE, SNAPSHOT, World, moving, peer, run, undo
+from tests.virt.world import LIVE, RESIZE, World, moving, peer, run, undo
 
 
 def active(instance: Instance) -> Instance:
@@ -418,52 +418,3 @@ class LiveMoveContract(_Moves):
         driver, instance = booted(world)
         with pytest.raises(errors.InvalidState):
             driver.live_migration_force_complete(instance, postcopy=False)
-
-
-class SnapshotContract(_Moves):
-    """Snapshots."""
-
-    needs = SNAPSHOT
-
-    @pytest.mark.parametrize("live", [True, False])
-    @pytest.mark.parametrize("times", [1, 2])
-    def test_snapshot_of_a_running_guest(self, world: World, live: bool, times: int) -> None:
-        driver, instance = booted(world)
-        token, _ = world.memory(world.a, instance.uuid)
-        image_id = f"snap-{instance.uuid}"
-        told = run(driver.snapshot(instance, image_id, live), RecordingJob(), times)
-        image = objects.decode(told["image"], objects.ImageMeta, "test")
-        assert image.id == image_id and image.size_bytes
-        assert image_id in world.images()
-        assert world.power(world.a, instance.uuid) == "running"
-        assert world.memory(world.a, instance.uuid)[0] == token
-        assert not [f for f in world.files(world.a, instance.uuid) if image_id in f]
-        other = world.new_instance(world.b, image=image)
-        run(world.driver(world.b).spawn(other, SpawnRequest()), RecordingJob())
-        assert world.power(world.b, other.uuid) == "paused"
-
-    def test_snapshot_of_a_guest_that_is_off(self, world: World) -> None:
-        driver, instance = booted(world)
-        driver.power_off(instance, RecordingJob())
-        run(driver.snapshot(instance, f"snap-{instance.uuid}", False), RecordingJob())
-        assert world.power(world.a, instance.uuid) == "shutdown"
-        assert f"snap-{instance.uuid}" in world.images()
-
-    @pytest.mark.parametrize("done", range(4))
-    def test_undone_no_image_is_left(self, world: World, done: int) -> None:
-        driver, instance = booted(world)
-        images, files = world.images(), world.files(world.a, instance.uuid)
-        parts = driver.snapshot(instance, f"snap-{instance.uuid}", True)
-        run(parts[:done], RecordingJob())
-        undo(parts[: done + 1], RecordingJob(), 2)
-        assert world.images() == images
-        assert world.files(world.a, instance.uuid) == files
-        assert world.power(world.a, instance.uuid) == "running"
-
-    def test_an_image_of_somebody_else_is_not_replaced(self, world: World) -> None:
-        driver, instance = booted(world)
-        taken = instance.image.id
-        with pytest.raises(errors.ImageUnacceptable):
-            run(parts := driver.snapshot(instance, taken, True), RecordingJob())
-        undo(parts, RecordingJob())
-        assert taken in world.images()

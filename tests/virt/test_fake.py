@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.virt import contract, contract_moves
+from tests.virt import contract, contract_moves, contract_snapshot
 from tests.virt.fakeworld import FakeWorld
 
 
@@ -42,5 +42,5 @@ class TestLiveMoves(contract_moves.LiveMoveContract):
     pass
 
 
-class TestSnapshots(contract_moves.SnapshotContract):
+class TestSnapshots(contract_snapshot.SnapshotContract):
     pass

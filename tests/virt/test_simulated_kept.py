@@ -15,6 +15,7 @@ import pytest
 
 from compute_worker import errors
 from compute_worker.config import Compute, Fake, Images, Settings
+from compute_worker.images.store import ORIGIN
 from compute_worker.objects import Flavor, ImageMeta, Instance
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import ComputeDriver, SpawnRequest
@@ -23,7 +24,7 @@ from compute_worker.virt.simulated import ImageShelf, SimulatedCell, SimulatedHo
 from compute_worker.virt.simulated import disk as disk_module
 from compute_worker.virt.simulated.cell import default_cell
 from compute_worker.virt.simulated.connection import Connection
-from compute_worker.virt.simulated.images import HEAD_BYTES
+from compute_worker.virt.simulated.images import HEAD_BYTES, Image, from_qcow2, to_qcow2
 from compute_worker.virt.simulated.model import Domain, File, Memory, Slot
 from tests.virt.jobs import RecordingJob
 from tests.virt.world import run
@@ -223,19 +224,35 @@ class TestImageShelf:
     @pytest.mark.parametrize("on_disk", [True, False])
     def test_published_by_rename_and_withdrawn_by_its_origin_only(self, tmp_path: Path, on_disk: bool) -> None:
         shelf = ImageShelf(directory=tmp_path if on_disk else None)
+        mine = ImageMeta(id="snap", properties={ORIGIN: "me"})
+        other = ImageMeta(id="snap", properties={ORIGIN: "somebody else"})
+        assert shelf.create(mine) and shelf.create(mine) and not shelf.create(other)
         shelf.stage("snap", b"data")
-        assert shelf.get("snap") is None
-        assert shelf.publish("snap", "me") and shelf.publish("snap", "me")
-        shelf.withdraw("snap", "somebody else")
-        image = shelf.get("snap")
+        assert shelf.get("snap") is None and not shelf.made_by(mine)
+        assert shelf.publish("snap")
+        assert not shelf.publish("snap") and not shelf.create(mine)
+        assert shelf.made_by(mine) and not shelf.made_by(other)
+        shelf.withdraw(other)
+        image, note = shelf.get("snap"), shelf.note("snap")
         assert image is not None and image.data == b"data"
-        shelf.withdraw("snap", "me")
-        assert shelf.get("snap") is None
+        assert note is not None and (note.image.size_bytes, note.image.checksum) == (4, image.digest("sha256"))
+        assert shelf.published() == {"snap"}
+        shelf.withdraw(mine)
+        assert shelf.get("snap") is None and shelf.note("snap") is None and shelf.published() == set()
         assert list(tmp_path.iterdir()) == []
 
     def test_publish_of_nothing(self) -> None:
         with pytest.raises(KeyError):
-            ImageShelf().publish("snap", "me")
+            ImageShelf().publish("snap")
+
+    @pytest.mark.parametrize("compression", ["none", "zlib", "zstd"])
+    def test_what_is_sent_as_qcow2_comes_back(self, compression: str) -> None:
+        sent = to_qcow2(b"content" * 9, 3 << 30, compression)
+        image = Image(sent, len(sent))
+        assert (image.disk_format, image.virtual_size) == ("qcow2", 3 << 30)
+        assert from_qcow2(sent) == b"content" * 9
+        assert from_qcow2(sent[:32]) == sent[:32]
+        assert from_qcow2(b"raw") == b"raw"
 
     def test_qcow2_size_is_its_virtual_size(self) -> None:
         header = b"QFI\xfb\x00\x00\x00\x03" + bytes(16) + (5 << 30).to_bytes(8, "big")

@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
+
+from compute_worker.images.store import ORIGIN
+from compute_worker.objects import ImageMeta, StoredImage
 
 HEAD_BYTES = 1 << 20
 """Of a larger file only the beginning becomes the content of a simulated disk; its size is kept."""
 
 QCOW2_MAGIC = b"QFI\xfb"
+_HEADER_BYTES = 112
+_MARK = b"simulated"
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class Image:
 
 
 class ImageShelf:
-    """Images by id. ``put`` publishes at once; ``stage``, ``publish`` and ``withdraw`` are a snapshot's steps.
+    """Images by id. ``put`` publishes at once; ``create``, ``stage`` and ``publish`` are a snapshot's steps, which
+    ``withdraw`` undoes.
 
     :param directory: images are looked for there too, and published there, by rename, so that they outlive the
         process.
@@ -58,7 +68,7 @@ class ImageShelf:
     ) -> None:
         self._lock = threading.Lock()
         self._images: dict[str, bytes] = dict(images or {})
-        self._origins: dict[str, str] = {}
+        self._notes: dict[str, StoredImage] = {}
         self._staged: dict[str, bytes] = {}
         self.directory = directory
         self._below = below
@@ -80,6 +90,15 @@ class ImageShelf:
         with path.open("rb") as stream:
             return Image(stream.read(HEAD_BYTES), path.stat().st_size, path)
 
+    def create(self, image: ImageMeta) -> bool:
+        """Begin an image. False where one of this id is published, or being made by another operation."""
+        with self._lock:
+            if self._exists(image.id) or (image.id in self._staged and not self._is_of(image)):
+                return False
+            self._staged[image.id] = b""
+            self._write_note(StoredImage(image=image, created_at=time.time()))
+            return True
+
     def stage(self, image_id: str, data: bytes) -> None:
         """Bytes on their way in: nobody can get them yet."""
         with self._lock:
@@ -90,60 +109,108 @@ class ImageShelf:
         with self._lock:
             return self._staged.get(image_id)
 
-    def publish(self, image_id: str, origin: str) -> bool:
-        """Staged bytes become the image. True when it is there, made by ``origin``; false where another made it."""
+    def publish(self, image_id: str) -> bool:
+        """Staged bytes become the image. False where there is one already."""
         with self._lock:
-            data = self._staged.get(image_id)
             if self._exists(image_id):
-                self._staged.pop(image_id, None)
-                return self._origin(image_id) == origin
-            if data is None:
-                raise KeyError(image_id)
-            self._keep(image_id, data, origin)
-            del self._staged[image_id]
+                return False
+            data, note = self._staged.pop(image_id), self._note(image_id)
+            if note is not None:
+                image = msgspec.structs.replace(
+                    note.image,
+                    size_bytes=len(data),
+                    checksum_algorithm="sha256",
+                    checksum=hashlib.sha256(data).hexdigest(),
+                )
+                self._write_note(msgspec.structs.replace(note, image=image))
+            self._keep(image_id, data)
             return True
 
-    def withdraw(self, image_id: str, origin: str) -> None:
-        """Remove what ``origin`` staged or published; nothing else."""
+    def withdraw(self, image: ImageMeta) -> None:
+        """Remove what :meth:`create` of this image began, published or not; nothing of another operation's."""
+        if self._is_of(image):
+            self.delete(image.id)
+
+    def delete(self, image_id: str) -> None:
+        """It is not there any more."""
         with self._lock:
             self._staged.pop(image_id, None)
-            if self._origin(image_id) != origin:
-                return
             self._images.pop(image_id, None)
-            self._origins.pop(image_id, None)
             if self.directory is not None:
                 (self.directory / image_id).unlink(missing_ok=True)
-                self._note(image_id).unlink(missing_ok=True)
+                self._note_path(image_id).unlink(missing_ok=True)
+            self._notes.pop(image_id, None)
 
-    def origin(self, image_id: str) -> str | None:
-        """Who published it by :meth:`publish`; ``None`` for any other image."""
+    def made_by(self, image: ImageMeta) -> bool:
+        """Whether the image is published, by the operation that ``image`` names."""
         with self._lock:
-            return self._origin(image_id) if self._exists(image_id) else None
+            return self._exists(image.id) and self._is_of(image)
+
+    def note(self, image_id: str) -> StoredImage | None:
+        """What is known of an image that :meth:`create` began."""
+        with self._lock:
+            return self._note(image_id)
 
     def names(self) -> set[str]:
         """Ids of all published images that this shelf keeps in memory, and of all staged ones."""
         with self._lock:
             return set(self._images) | {f"{name}.part" for name in self._staged}
 
+    def published(self) -> set[str]:
+        """Ids of all published images, this shelf's and those below."""
+        with self._lock:
+            found = set(self._images)
+        if self.directory is not None and self.directory.is_dir():
+            found |= {path.name for path in self.directory.iterdir() if not path.name.startswith(".")}
+        return found | (self._below.published() if self._below is not None else set())
+
     def _exists(self, image_id: str) -> bool:
         return image_id in self._images or (self.directory is not None and (self.directory / image_id).exists())
 
-    def _origin(self, image_id: str) -> str | None:
-        if image_id in self._origins:
-            return self._origins[image_id]
-        note = self._note(image_id) if self.directory is not None else None
-        return note.read_text() if note is not None and note.exists() else None
+    def _is_of(self, image: ImageMeta) -> bool:
+        note = self._note(image.id)
+        return note is not None and note.image.properties.get(ORIGIN) == image.properties.get(ORIGIN)
 
-    def _note(self, image_id: str) -> Path:
-        assert self.directory is not None
-        return self.directory / f".{image_id}.origin"
-
-    def _keep(self, image_id: str, data: bytes, origin: str) -> None:
+    def _note(self, image_id: str) -> StoredImage | None:
         if self.directory is None:
-            self._images[image_id], self._origins[image_id] = data, origin
+            return self._notes.get(image_id)
+        path = self._note_path(image_id)
+        return msgspec.json.decode(path.read_bytes(), type=StoredImage) if path.exists() else None
+
+    def _note_path(self, image_id: str) -> Path:
+        assert self.directory is not None
+        return self.directory / f".{image_id}.json"
+
+    def _write_note(self, note: StoredImage) -> None:
+        if self.directory is None:
+            self._notes[note.image.id] = note
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._note(image_id).write_text(origin)
-        part = self.directory / f".{image_id}.part"
-        part.write_bytes(data)
-        os.replace(part, self.directory / image_id)
+        _replace(self._note_path(note.image.id), msgspec.json.encode(note))
+
+    def _keep(self, image_id: str, data: bytes) -> None:
+        if self.directory is None:
+            self._images[image_id] = data
+        else:
+            _replace(self.directory / image_id, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name.lstrip('.')}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def to_qcow2(content: bytes, size: int, compression: str) -> bytes:
+    """What a simulated host sends as a qcow2 image: a header with the disk's size, our mark, and the content."""
+    body = zlib.compress(content) if compression != "none" else content
+    header = QCOW2_MAGIC + (3).to_bytes(4, "big") + bytes(16) + size.to_bytes(8, "big")
+    return header.ljust(_HEADER_BYTES - len(_MARK) - 1, b"\0") + _MARK + (b"z" if body is not content else b"-") + body
+
+
+def from_qcow2(data: bytes) -> bytes:
+    """The content of an image that :func:`to_qcow2` made; any other data as they are."""
+    if not data.startswith(QCOW2_MAGIC) or data[_HEADER_BYTES - len(_MARK) - 1 : _HEADER_BYTES - 1] != _MARK:
+        return data
+    body = data[_HEADER_BYTES:]
+    return zlib.decompress(body) if data[_HEADER_BYTES - 1 : _HEADER_BYTES] == b"z" else body
