@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -75,6 +75,14 @@ class DemoCell(Protocol):
         """An image that boots by itself."""
 
     @property
+    def sends_ahead(self) -> Collection[str]:
+        """Hosts that send the disks of a running guest before they shut it down (``resize_precopy``)."""
+
+    @property
+    def line(self) -> str:
+        """How disks travel between the hosts, in a few words."""
+
+    @property
     def killing(self) -> str:
         """How :meth:`kill_worker` kills, in a few words."""
 
@@ -99,8 +107,26 @@ class DemoCell(Protocol):
     def root_disk_bytes(self, host: str, instance: str, console: str) -> int:
         """How large the guest's root disk is, as the guest sees it where it says so (``console``)."""
 
+    def fill(self, host: str, instance: str) -> int:
+        """Write noise to the root disk of a guest that is off, where the guest itself has nothing: how many bytes."""
+
+    def compare(self, source: str, dest: str, instance: str) -> str:
+        """Look at every byte of the disks that ``source`` has set aside and that ``dest`` got, of a guest that has not
+        run since: what was seen, in words.
+
+        :raises AssertionError: a disk has a defect, or they differ.
+        """
+
     def leftovers(self) -> list[str]:
         """What is on the hosts of any instance, seen from outside: guests, domains, files, interfaces."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """A guest's counter and the size of its root disk."""
+
+    counter: int
+    disk_bytes: int
 
 
 @dataclass
@@ -111,3 +137,7 @@ class Memory:
     """Name of a guest to its uuid."""
     where: dict[str, str] = field(default_factory=dict)
     """Uuid to host."""
+    before: dict[str, Before] = field(default_factory=dict)
+    """Name of a guest to what it was before it was moved while it was off."""
+    off: dict[str, float] = field(default_factory=dict)
+    """``warm`` and ``cold``: seconds that a resize of either kind kept a guest off."""

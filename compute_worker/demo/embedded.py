@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from compute_worker.ctl.connect import Client
+from compute_worker.ctl.text import amount
 from compute_worker.demo.cell import Guest
 from compute_worker.embedded import EmbeddedCell
 from compute_worker.objects import ImageMeta
 from compute_worker.states import PowerState
 from compute_worker.virt.fake import FakeDriver
 from compute_worker.virt.simulated.faults import Stall
+from compute_worker.virt.simulated.files import RESIZE
 from compute_worker.virt.simulated.host import SimulatedHost
 
 HOSTS = ("node1", "node2")
@@ -23,6 +28,7 @@ SHUTDOWN_SECONDS = 0.3
 DOWNLOAD_RATE = 256 * 1024
 IMAGE_BYTES = 64 * 1024
 DISK_BYTES = 96 << 20
+NOISE_BYTES = 64 * 1024
 CUT_IN = "define"
 PATIENCE_SECONDS = 10.0
 
@@ -31,6 +37,8 @@ class EmbeddedDemo:
     """See :class:`compute_worker.demo.cell.DemoCell`."""
 
     title = "two simulated hosts in this process"
+    sends_ahead = ()
+    line = "simulated hosts take each other's bytes as they are"
     killing = "the worker died, as by SIGKILL: its memory is lost"
     hosts = HOSTS
     guest = Guest(
@@ -86,6 +94,22 @@ class EmbeddedDemo:
         driver = self._cell.workers[host].manager.core.driver
         record = self.client.api.get_instance(instance, host=host)
         return next(d.virtual_size_bytes for d in driver.get_instance_disk_info(record).disks if d.name == "disk")
+
+    def fill(self, host: str, instance: str) -> int:
+        """At the end of what was written to it."""
+        simulated = self._hosts[host]
+        with simulated.cell.lock:
+            disk = simulated.slots[instance].directories[""]["disk"]
+            noise = hashlib.shake_256(instance.encode()).digest(NOISE_BYTES)
+            simulated.write(instance, {"disk": msgspec.structs.replace(disk, data=disk.data + noise)})
+        return NOISE_BYTES
+
+    def compare(self, source: str, dest: str, instance: str) -> str:
+        """What a guest would read."""
+        before = self._hosts[source].read_disk(instance, suffix=RESIZE)
+        after = self._hosts[dest].read_disk(instance)
+        assert before == after, f"the disk on {dest} is another than the one that {source} has set aside"
+        return f"{amount(len(after))} are the same"
 
     def leftovers(self) -> list[str]:
         """What the simulated machines hold."""

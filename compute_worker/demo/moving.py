@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
+
+import msgspec
 
 from compute_worker.ctl.chain import Chain, Follower
 from compute_worker.ctl.text import amount, span
-from compute_worker.demo.stage import LONGEST_OPERATION, Stage
-from compute_worker.objects import Accepted, Flavor, Migration, Operation
+from compute_worker.demo.cell import Before
+from compute_worker.demo.stage import FIRST, LONGEST_OPERATION, Scene, Stage
+from compute_worker.objects import Accepted, Migration, Operation
 from compute_worker.states import OperationState, VmState
 
 LOOK_SECONDS = 0.05
-ROOT_GB = 1
-"""GiB of root disk after the resize: more than any image of the scenario has."""
+MORE_ROOT_GB, MORE_MEMORY_MB = 1, 32
+"""What each resize adds."""
+AHEAD = "written since precopy-"
+"""How a source says that a disk had gone ahead."""
 
 
 class Heartbeat:
@@ -58,22 +65,55 @@ class Heartbeat:
         self._thread.join()
 
 
+def of_one_that_is_off(stage: Stage) -> str:
+    """To the other host with a larger disk, while it is off: what arrived is what was set aside; confirmed."""
+    return resize_off(stage, FIRST)
+
+
+def warm(stage: Stage) -> str:
+    """To the other host while it runs, from one that sends disks ahead; confirmed."""
+    return resize(stage, FIRST)
+
+
+def cold(stage: Stage) -> str:
+    """Once more, from a host that does not; and reverted."""
+    return resize_and_revert(stage, FIRST)
+
+
+def resize_off(stage: Stage, name: str) -> str:
+    """See :func:`of_one_that_is_off`. What it was before is remembered for :func:`as_it_was`."""
+    uuid_, source = stage.guest(name)
+    dest = _other(stage, source)
+    size = stage.cell.root_disk_bytes(source, uuid_, stage.console(name))
+    stage.memory.before[name] = Before(stage.counter(name), size)
+    noise = stage.cell.fill(source, uuid_)
+    stage.say(f"{amount(noise)} of noise were written to its disk; {stage.cell.line}")
+    moved = _move(stage, name, dest)
+    compared = stage.cell.compare(source, dest, uuid_)
+    _confirm(stage, name, moved, dest, source)
+    return f"{source} -> {dest}, {compared}"
+
+
+def as_it_was(stage: Stage, name: str, tick: int) -> str:
+    """Started for the first time after :func:`resize_off`: the guest itself sees a larger disk, and lost no write."""
+    uuid_, host = stage.guest(name)
+    before = stage.memory.before[name]
+    grown = _grown(stage, before.disk_bytes, stage.cell.root_disk_bytes(host, uuid_, stage.console(name)), host, uuid_)
+    return f"on {host}, disk {grown}, {_counter_went_on(stage, name, before.counter, tick)}"
+
+
 def resize(stage: Stage, name: str) -> str:
     """To the other host with a larger disk; confirmed there, its copy goes."""
     uuid_, source = stage.guest(name)
     dest = _other(stage, source)
     before, size = stage.counter(name), stage.cell.root_disk_bytes(source, uuid_, stage.console(name))
     with Heartbeat(lambda: stage.cell.alive(uuid_)) as beats:
-        migration, moved = _move(stage, name, dest)
+        moved = _move(stage, name, dest)
         tick = stage.booted(name, 1)
-    grown = stage.cell.root_disk_bytes(dest, uuid_, stage.console(name))
-    stage.require(size < grown == ROOT_GB << 30, f"the guest's disk had {size} bytes and has {grown}")
+    grown = _grown(stage, size, stage.cell.root_disk_bytes(dest, uuid_, stage.console(name)), dest, uuid_)
     counted = _counter_went_on(stage, name, before, tick)
-    _decide(stage, name, "confirm_resize", migration, dest, source)
-    left = [line for line in stage.cell.leftovers() if uuid_ in line and source in line]
-    stage.require(not left, f"after the confirmation: {'; '.join(left)}")
-    off = _off(beats, moved)
-    return f"{source} -> {dest}, disk {amount(size)} -> {amount(grown)}, {counted}, {off}"
+    _confirm(stage, name, moved, dest, source)
+    return f"{source} -> {dest}, disk {grown}, {counted}, {_off(stage, beats, moved, source)}"
 
 
 def resize_and_revert(stage: Stage, name: str) -> str:
@@ -83,33 +123,70 @@ def resize_and_revert(stage: Stage, name: str) -> str:
     flavor = stage.api.get_instance(uuid_, host=source).flavor
     boots, before = stage.cell.guest.boots(stage.console(name)), stage.counter(name)
     with Heartbeat(lambda: stage.cell.alive(uuid_)) as away:
-        migration, moved = _move(stage, name, dest)
+        moved = _move(stage, name, dest)
         stage.booted(name, 1)
-    with Heartbeat(lambda: stage.cell.alive(uuid_)) as back:
-        parts = _decide(stage, name, "revert_resize", migration, dest, source)
-        stage.memory.where[uuid_] = source
-        tick = stage.booted(name, boots + 1)
+    parts = _decide(stage, name, "revert_resize", moved.migration, dest, source)
+    stage.memory.where[uuid_] = source
+    tick = stage.booted(name, boots + 1)
     record = stage.api.get_instance(uuid_, host=source)
     stage.require(record.flavor == flavor and record.vm_state is VmState.ACTIVE, f"{name} is not as it was")
     counted = _counter_went_on(stage, name, before, tick)
-    times = f"{_off(away, moved)}; back: {_off(back, between(parts[dest], 'set_aside', parts[source]))}"
-    return f"{source} -> {dest} and back, as it was; {counted}; {times}"
+    off, back = _off(stage, away, moved, source), span(between(parts[dest], "set_aside", parts[source]))
+    return f"{source} -> {dest} and back, as it was; {counted}; {off}; back: off for {back}"
 
 
-def _off(beats: Heartbeat, moved: float) -> str:
-    return f"silent for {span(beats.longest)}, off for {span(moved)} of it"
+SCENES = (
+    Scene("resize while it runs, warm: disks go ahead; confirm", warm),
+    Scene("resize while it runs, cold; revert", cold),
+)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A resize that has ended. ``off``: seconds from the guest's end at the source to its start at the destination;
+    ``ahead``: whether its disks were sent while it ran."""
+
+    migration: str
+    off: float
+    ahead: bool
+
+
+def _off(stage: Stage, beats: Heartbeat, moved: Moved, source: str) -> str:
+    """How long the guest was off, beside how long the other kind of move had kept it off.
+
+    :raises SceneFailed: the disks were to go ahead and did not, or it was off for longer than without that.
+    """
+    kind = "warm" if moved.ahead else "cold"
+    stage.memory.off[kind] = moved.off
+    stage.require(moved.ahead == (source in stage.cell.sends_ahead), f"the disks of {source} went {kind}")
+    words = f"silent for {span(beats.longest)}, off for {span(moved.off)} of it"
+    if not stage.cell.sends_ahead:
+        return f"{words} (cold: no host here sends disks ahead)"
+    known = stage.memory.off
+    stage.require(known.get("warm", 0.0) < known.get("cold", math.inf), f"off for {span(moved.off)} though {kind}")
+    others = "".join(f"; {k} it was {span(seconds)}" for k, seconds in known.items() if k != kind)
+    return f"{words} ({kind}{others})"
+
+
+def _grown(stage: Stage, before: int, now: int, host: str, uuid_: str) -> str:
+    wanted = stage.api.get_instance(uuid_, host=host).flavor.root_gb << 30
+    stage.require(before < now == wanted, f"the guest's disk had {before} bytes and has {now}")
+    return f"{amount(before)} -> {amount(now)}"
 
 
 def _other(stage: Stage, host: str) -> str:
     return next(name for name in stage.cell.hosts if name != host)
 
 
-def _move(stage: Stage, name: str, dest: str) -> tuple[str, float]:
-    """Resize to ``dest`` and wait for both hosts; the migration's uuid, and seconds from power-off to start."""
+def _move(stage: Stage, name: str, dest: str) -> Moved:
+    """Resize to ``dest`` and wait for both hosts."""
     uuid_, source = stage.guest(name)
     instance = stage.api.get_instance(uuid_, host=source)
-    flavor = Flavor(
-        name="larger", vcpus=instance.flavor.vcpus, memory_mb=instance.flavor.memory_mb + 32, root_gb=ROOT_GB
+    flavor = msgspec.structs.replace(
+        instance.flavor,
+        name="larger",
+        memory_mb=instance.flavor.memory_mb + MORE_MEMORY_MB,
+        root_gb=instance.flavor.root_gb + MORE_ROOT_GB,
     )
     migration = Migration(
         uuid=str(uuid.uuid4()), instance=uuid_, migration_type="resize", source_host=source, dest_host=dest,
@@ -119,7 +196,20 @@ def _move(stage: Stage, name: str, dest: str) -> tuple[str, float]:
     stage.say(f"resize of {name} accepted by {dest} as operation {accepted.operation}")
     parts = _end_of_both(stage, accepted, dest, source)
     stage.memory.where[uuid_] = dest
-    return migration.uuid, between(parts[source], "power_off", parts[dest])
+    return Moved(migration.uuid, between(parts[source], "power_off", parts[dest]), sent_ahead(parts[source]))
+
+
+def sent_ahead(source: Operation) -> bool:
+    """Whether only what a guest wrote since its disks had gone ahead was sent after its end."""
+    return any(AHEAD in (step.reason or "") for step in source.steps if step.name.startswith("send_"))
+
+
+def _confirm(stage: Stage, name: str, moved: Moved, dest: str, source: str) -> None:
+    """The copy at the source goes with it."""
+    uuid_, _ = stage.guest(name)
+    _decide(stage, name, "confirm_resize", moved.migration, dest, source)
+    left = [line for line in stage.cell.leftovers() if uuid_ in line and source in line]
+    stage.require(not left, f"after the confirmation: {'; '.join(left)}")
 
 
 def _decide(

@@ -20,6 +20,10 @@ from compute_worker.states import OperationState
 T = TypeVar("T")
 POLL_SECONDS = 0.05
 LONGEST_OPERATION = 120.0
+FIRST, SECOND, THIRD = "web", "db", "survivor"
+"""Names of the guests."""
+ROOT_GB = 1
+"""GiB of root disk that they have at first."""
 
 
 class SceneFailed(Exception):
@@ -80,7 +84,7 @@ class Stage:
 
     def make(self, name: str, image: ImageMeta) -> Instance:
         """A new instance, not sent yet."""
-        flavor = Flavor(name="demo", vcpus=1, memory_mb=self.cell.guest.memory_mb)
+        flavor = Flavor(name="demo", vcpus=1, memory_mb=self.cell.guest.memory_mb, root_gb=ROOT_GB)
         return Instance(uuid=str(uuid.uuid4()), name=name, flavor=flavor, image=image)
 
     def send_boot(self, host: str, instance: Instance) -> Accepted:

@@ -6,16 +6,17 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from compute_worker import errors
 from compute_worker.ctl.output import Output
 from compute_worker.demo import moving, scenario
 from compute_worker.demo.embedded import EmbeddedDemo, embedded_demo
-from compute_worker.demo.moving import Heartbeat, between
+from compute_worker.demo.moving import Heartbeat, Moved, between
 from compute_worker.demo.stage import SceneFailed, Stage
 from compute_worker.objects import Operation, StepRecord
-from compute_worker.states import OperationState
+from compute_worker.states import OperationState, VmState
 from tests.waiting import wait_for
 
 NAME = scenario.FIRST
@@ -70,10 +71,10 @@ def test_between_power_off_and_start() -> None:
 def test_a_resize_is_seen_from_outside(stage: Stage) -> None:
     uuid, source = stage.guest(NAME)
     told = moving.resize(stage, NAME)
-    assert told.startswith("node1 -> node2, disk 96.0 MiB -> 1.0 GiB") and "off for" in told
+    assert told.startswith("node1 -> node2, disk 1.0 GiB -> 2.0 GiB") and "off for" in told
     assert stage.guest(NAME) == (uuid, "node2") and source == "node1"
     told = moving.resize_and_revert(stage, NAME)
-    assert told.startswith("node2 -> node1 and back, as it was") and "back: silent for" in told
+    assert told.startswith("node2 -> node1 and back, as it was") and "back: off for" in told
     assert stage.guest(NAME) == (uuid, "node2")
     scenario.delete(stage)
     assert scenario.nothing_left(stage)
@@ -90,6 +91,57 @@ def test_a_disk_that_did_not_grow_is_no_success(stage: Stage, monkeypatch: pytes
     monkeypatch.setattr(EmbeddedDemo, "root_disk_bytes", lambda *args: 96 << 20)
     with pytest.raises(SceneFailed, match="the guest's disk had 100663296 bytes and has 100663296"):
         moving.resize(stage, NAME)
+
+
+def test_one_that_is_off_is_compared_and_goes_on_where_it_came_to(stage: Stage) -> None:
+    uuid, _ = stage.guest(NAME)
+    stage.command(NAME, "stop_instance")
+    assert moving.resize_off(stage, NAME) == "node1 -> node2, 128 KiB are the same"
+    assert stage.guest(NAME) == (uuid, "node2")
+    told = scenario.start(stage)
+    assert told.startswith("on node2, disk 1.0 GiB -> 2.0 GiB, ticks again")
+    assert stage.api.get_instance(uuid, host="node2").vm_state is VmState.ACTIVE
+
+
+def test_a_byte_that_changed_on_the_way_is_no_success(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    uuid, _ = stage.guest(NAME)
+    stage.command(NAME, "stop_instance")
+    compare = EmbeddedDemo.compare
+
+    def spoilt(cell: Any, source: str, dest: str, instance: str) -> str:
+        disk = cell._hosts[dest].slots[uuid].directories[""]["disk"]
+        disk.data = disk.data[:-1] + bytes([disk.data[-1] ^ 1])
+        return compare(cell, source, dest, instance)
+
+    monkeypatch.setattr(EmbeddedDemo, "compare", spoilt)
+    with pytest.raises(AssertionError, match="the disk on node2 is another than the one that node1 has set aside"):
+        moving.resize_off(stage, NAME)
+
+
+def test_warm_and_cold_are_told_by_the_journal_of_the_source() -> None:
+    def sent(reason: str | None) -> Operation:
+        step = StepRecord(name="send_disk", direction="do", state="done", started_at=0, reason=reason)
+        return msgspec.structs.replace(operation(), steps=[step])
+
+    assert moving.sent_ahead(sent("disk: only what was written since precopy-18d59e6e had to be sent"))
+    assert not moving.sent_ahead(sent("disk: it is sent whole")) and not moving.sent_ahead(sent(None))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "seconds", "words"),
+    [(False, 1.0, "went cold"), (True, 3.0, "off for 3.0 s though warm"), (True, 2.0, "off for 2.0 s though warm")],
+)
+def test_a_warm_resize_that_is_none_is_no_success(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, ahead: bool, seconds: float, words: str
+) -> None:
+    monkeypatch.setattr(EmbeddedDemo, "sends_ahead", ("node2",))
+    with Heartbeat(lambda: None) as beats:
+        pass
+    assert "off for 2.0 s of it (cold)" in moving._off(stage, beats, Moved("m", 2.0, False), "node1")
+    with pytest.raises(SceneFailed, match=words):
+        moving._off(stage, beats, Moved("m", seconds, ahead), "node2")
+    cold = 2.0 if ahead else seconds
+    assert f"(warm; cold it was {cold:.1f} s)" in moving._off(stage, beats, Moved("m", 0.5, True), "node2")
 
 
 def test_a_copy_that_stays_is_no_success(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,11 @@ Exit status: 0 every step was good, 1 one was not, 3 this machine cannot hold th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,8 @@ from tests.lab.cell import Cell, interrupt_as_exit
 from tests.lab.guest_images import MEMORY_MIB, GuestImages, guest_images
 from tests.lab.rabbit import ADMINISTRATOR, broker_url
 from tests.lab.requirements import missing
-from tests.lab.settings import IMAGES_PATH, Settings
+from tests.lab.settings import IMAGES_PATH, INSTANCES_PATH, Settings
+from tests.lab.worker import Config
 from tests.waiting import wait_for
 
 use_threads()
@@ -26,6 +30,7 @@ use_threads()
 from compute_worker.cmd.demo import INSTEAD, embedded  # noqa: E402
 from compute_worker.ctl.connect import Client  # noqa: E402
 from compute_worker.ctl.output import Output  # noqa: E402
+from compute_worker.ctl.text import amount  # noqa: E402
 from compute_worker.demo.cell import Guest  # noqa: E402
 from compute_worker.demo.scenario import SCENES  # noqa: E402
 from compute_worker.demo.stage import Stage, play  # noqa: E402
@@ -35,7 +40,15 @@ from compute_worker.rpc.transport import get_transport  # noqa: E402
 from compute_worker.states import OperationState  # noqa: E402
 
 CANNOT = 3
-CONFIG = {"images": {"file_path": IMAGES_PATH}}
+MIB = 1 << 20
+BANDWIDTH_MB, NOISE_MIB, NOISE_AT = 48, 64, 200 * MIB
+PRECOPY = {"node1": "never", "node2": "auto"}
+"""By host: the same guest leaves one of them cold and the other one warm."""
+
+
+def config(host: str) -> Config:
+    transfer = {"resize_precopy": PRECOPY[host], "bandwidth_mb": BANDWIDTH_MB}
+    return {"images": {"file_path": IMAGES_PATH}, "transfer": transfer}
 
 
 class RealDemo:
@@ -43,6 +56,8 @@ class RealDemo:
 
     title = "two real libvirt hosts in namespaces of this machine, and a RabbitMQ"
     killing = "the worker was killed by SIGKILL"
+    sends_ahead = frozenset(name for name, mode in PRECOPY.items() if mode == "auto")
+    line = f"disks go by TLS, {BANDWIDTH_MB} MiB/s at most"
     guest = Guest(
         boot=r"LAB: BOOT OK boots=\d+",
         tick=r"LAB: tick (\d+) up=",
@@ -104,6 +119,39 @@ class RealDemo:
         """What the guest said of its first disk at its last boot."""
         return int(re.findall(r"LAB: disk vda size=(\d+)", console)[-1])
 
+    def fill(self, host: str, instance: str) -> int:
+        """Behind the guest's file system."""
+        node, noise = self._cell[host], "/var/tmp/noise"
+        node.path(noise).write_bytes(hashlib.shake_256(instance.encode()).digest(NOISE_MIB * MIB))
+        command = f"write -q -s {noise} {NOISE_AT} {NOISE_MIB * MIB}"
+        form = self._formats(host, instance)["disk"]
+        node.run("qemu-io", "-f", form, "-c", command, f"{INSTANCES_PATH}/{instance}/disk")
+        node.path(noise).unlink()
+        return NOISE_MIB * MIB
+
+    def compare(self, source: str, dest: str, instance: str) -> str:
+        """qemu-img check where they are qcow2, and qemu-img compare of all that a guest would read."""
+        before, after = self._formats(source, f"{instance}_resize"), self._formats(dest, instance)
+        assert before.keys() == after.keys(), f"{source} had {sorted(before)}, {dest} has {sorted(after)}"
+        read = 0
+        for name, form in after.items():
+            there = f"{INSTANCES_PATH}/{instance}/{name}"
+            if form == "qcow2":
+                self._cell[dest].run("qemu-img", "check", "-q", "-f", form, there)
+            aside = self._cell[source].instances / f"{instance}_resize" / name
+            arrived = self._cell[dest].instances / instance / name
+            words = ["qemu-img", "compare", "-U", "-q", "-f", before[name], "-F", form, str(aside), str(arrived)]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
+            shown = self._cell[dest].run("qemu-img", "info", "--output=json", "-f", form, there).stdout
+            read += int(json.loads(shown)["virtual-size"])
+        return f"qemu-img check clean, qemu-img compare: {amount(read)} identical"
+
+    def _formats(self, host: str, directory: str) -> dict[str, str]:
+        """Of an instance's disks by name, as the host wrote it beside them."""
+        info = json.loads((self._cell[host].instances / directory / "disk.info").read_text())
+        return {disk["name"]: disk["format"] for disk in info["disks"]}
+
     def leftovers(self) -> list[str]:
         """What the oracle sees on the hosts."""
         return [line for node in self._cell.nodes.values() for line in oracle.leftovers(node)]
@@ -121,7 +169,7 @@ def real_demo(out: Output) -> Iterator[RealDemo]:
     with Cell(settings=Settings(nodes=2, tls=True)) as cell:
         for path in (images.kernel, images.initrd, images.data_qcow2, images.boot_qcow2):
             cell.add_image(path)
-        for worker in [cell.start_worker(name, CONFIG) for name in cell.nodes]:
+        for worker in [cell.start_worker(name, config(name)) for name in cell.nodes]:
             worker.wait_ready()
         relay = cell.relay()
         transport = get_transport(broker_url("rabbit", ADMINISTRATOR, "127.0.0.1", relay.port, cell.rabbit.vhost))
