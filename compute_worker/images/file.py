@@ -43,6 +43,7 @@ class FileStore(ImageStore):
 
     name: ClassVar[str] = "file"
     takes_deltas: ClassVar[bool] = True
+    lists: ClassVar[bool] = True
 
     def __init__(self, settings: Images) -> None:
         if not settings.file_path:

@@ -1,19 +1,17 @@
-"""The http store: ``<images.http_url>/<id>`` by GET, over http or https."""
+"""The http store: ``<images.http_url>/<id>`` by GET, and by PUT where the server takes it, over http or https."""
 
 from __future__ import annotations
 
 import http.client
 import re
-import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urljoin, urlsplit
 
 from compute_worker import errors
-from compute_worker.images.store import CHUNK_BYTES, ImageFacts, ImageStore, Opened
+from compute_worker.images.http_upload import Answer, HttpUploads, reason_of
+from compute_worker.images.store import CHUNK_BYTES, ImageFacts, Opened
 
 if TYPE_CHECKING:
     from compute_worker.config import Images
@@ -22,27 +20,11 @@ TIMEOUT_SECONDS = 20.0
 """Longest silence of the server that is waited for."""
 MAX_REDIRECTS = 3
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
+_GOOD = frozenset({200, 201, 202, 204, 206, 416})
 _BROKEN = (OSError, http.client.HTTPException)
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    connection: http.client.HTTPConnection
-    response: http.client.HTTPResponse
-
-    def close(self) -> None:
-        self.response.close()
-        self.connection.close()
-
-    def abort(self) -> None:
-        """Wake whoever waits for bytes: closing alone would not."""
-        sock = self.connection.sock
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-
-class HttpStore(ImageStore):
+class HttpStore(HttpUploads):
     """Images of a web server. Redirects are followed within the same scheme, host and port only: a server that we
     trust must not send us to one that it alone can reach. Proxies of the environment are not used."""
 
@@ -93,7 +75,7 @@ class HttpStore(ImageStore):
             while chunk := read(CHUNK_BYTES):
                 yield chunk
         except (*_BROKEN, ValueError) as exc:
-            raise errors.ImageStoreUnavailable(store=self.name, reason=_reason(exc)) from None
+            raise errors.ImageStoreUnavailable(store=self.name, reason=reason_of(exc)) from None
 
     def _facts(self, image_id: str, response: http.client.HTTPResponse) -> ImageFacts:
         length = response.getheader("Content-Length", "")
@@ -102,7 +84,7 @@ class HttpStore(ImageStore):
         strong = etag if etag and etag.startswith('"') else None
         return ImageFacts(size_bytes=int(length) if length.isdecimal() else None, validator=strong)
 
-    def _request(self, method: str, image_id: str, headers: dict[str, str]) -> _Answer:
+    def _request(self, method: str, image_id: str, headers: dict[str, str]) -> Answer:
         """The answer to a request, its status a good one.
 
         Raises as :meth:`ImageStore.stat` says.
@@ -120,7 +102,7 @@ class HttpStore(ImageStore):
                         image=image_id, reason=f"store {self.name} redirects to another server, which is not followed"
                     )
                 continue
-            if status in (200, 206, 416):
+            if status in _GOOD:
                 if answer.response.getheader("Content-Encoding", "identity") != "identity":
                     answer.close()
                     raise errors.ImageUnacceptable(image=image_id, reason=f"store {self.name} compresses its answers")
@@ -130,13 +112,15 @@ class HttpStore(ImageStore):
         raise errors.ImageUnacceptable(image=image_id, reason=f"store {self.name} redirects in circles")
 
     def _error(self, status: int, image_id: str) -> errors.ComputeError:
+        if status in (413, 507):
+            return errors.DiskFull(path=f"image store {self.name}", image=image_id)
         if status in (404, 410):
             return errors.ImageNotFound(image=image_id, store=self.name)
         if status in (408, 425, 429) or status >= 500:
             return errors.ImageStoreUnavailable(store=self.name, reason=f"HTTP status {status}")
         return errors.ImageUnacceptable(image=image_id, reason=f"store {self.name} answers HTTP status {status}")
 
-    def _send(self, method: str, url: str, headers: dict[str, str]) -> _Answer:
+    def _connect(self, url: str) -> tuple[http.client.HTTPConnection, str]:
         parts = urlsplit(url)
         host = parts.hostname or ""
         if self._tls is not None:
@@ -145,14 +129,13 @@ class HttpStore(ImageStore):
             )
         else:
             connection = http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT_SECONDS)
-        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        return connection, parts.path + (f"?{parts.query}" if parts.query else "")
+
+    def _send(self, method: str, url: str, headers: dict[str, str]) -> Answer:
+        connection, target = self._connect(url)
         try:
             connection.request(method, target, headers={"Accept-Encoding": "identity", **headers})
-            return _Answer(connection, connection.getresponse())
+            return Answer(connection, connection.getresponse())
         except _BROKEN as exc:
             connection.close()
-            raise errors.ImageStoreUnavailable(store=self.name, reason=_reason(exc)) from None
-
-
-def _reason(exc: BaseException) -> str:
-    return (str(exc) or type(exc).__name__)[:200]
+            raise errors.ImageStoreUnavailable(store=self.name, reason=reason_of(exc)) from None

@@ -86,6 +86,8 @@ class ImageStore(abc.ABC):
     name: ClassVar[str]
     takes_deltas: ClassVar[bool] = False
     """Whether :meth:`write_delta` works."""
+    lists: ClassVar[bool] = False
+    """Whether :meth:`list_images` works."""
 
     @abc.abstractmethod
     def stat(self, image_id: str) -> ImageFacts:

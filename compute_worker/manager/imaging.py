@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from compute_worker import objects
+from compute_worker import errors, objects
 from compute_worker.manager import snapshot, snapshot_image
 from compute_worker.manager.core import Core, Wish, accept
 from compute_worker.manager.lifecycle import Expiry
@@ -82,6 +82,9 @@ class SnapshotEndpoint:
 
         :raises NotSupported: this host makes no such snapshots, or has no such store.
         """
+        if not self._core.driver.image_store(options.store).lists:
+            name = options.store or self._core.settings.images.store
+            raise errors.NotSupported(what=f"backup_instance to image store {name!r}, which does not list its images,")
         args = {
             "image": image,
             "backup_type": backup_type,

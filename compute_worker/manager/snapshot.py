@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from compute_worker import objects
-from compute_worker.errors import ComputeError, Retryable
+from compute_worker.errors import ComputeError
 from compute_worker.manager import snapshot_image, withdrawals
 from compute_worker.manager.core import Core, as_step, begin, require_state, settle_record
 from compute_worker.objects import ImageMeta, Instance, SnapshotOptions
@@ -90,12 +90,12 @@ def _as_step(core: Core, part: Part, image: ImageMeta) -> Do:
 
 
 def _withdraw(core: Core, step: Do, image: ImageMeta, run: Run) -> None:
-    """A store that does not answer is asked again later: the instance, and a delete of it, do not wait for that."""
+    """A store that does not answer, or refuses, is asked again later: the instance, and a delete of it, do not wait."""
     try:
         step.undo(run)
-    except Retryable as exc:
+    except ComputeError as exc:
         withdrawals.add(core, image)
-        run.explain(f"image {image.id} is withdrawn as soon as its store answers: {exc}")
+        run.explain(f"image {image.id} is withdrawn as soon as its store lets it go: {exc}")
 
 
 def _during(core: Core, step: Do, task: TaskState, run: Run) -> Result:

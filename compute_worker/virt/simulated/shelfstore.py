@@ -16,6 +16,7 @@ class ShelfStore(ImageStore):
     """Each method is one call of the simulated host, with its faults: ``store_stat``, ``store_list``..."""
 
     name: ClassVar[str] = "simulated"
+    lists: ClassVar[bool] = True
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
