@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from compute_worker import errors
 from compute_worker.claims import Claims
 from compute_worker.config import Settings
+from compute_worker.manager.downtimes import Downtimes
 from compute_worker.messages import Context
 from compute_worker.moves import Moves
 from compute_worker.objects import Accepted, Instance
@@ -36,6 +37,7 @@ class Core:
     peers: Peers
     quick_peers: Peers
     """The same with an answer within 2 s or none."""
+    downtimes: Downtimes = field(default_factory=Downtimes)
 
     @property
     def host(self) -> str:

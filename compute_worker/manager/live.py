@@ -19,6 +19,7 @@ from compute_worker.objects import Accepted, DiskInfo, Instance, MigrateData, Mi
 from compute_worker.operations.database import Tx
 from compute_worker.operations.service import Operations
 from compute_worker.states import MigrationStatus
+from compute_worker.virt import liveprogress
 from compute_worker.virt.driver import HostResources
 
 LONGEST_WAIT = 50.0
@@ -106,13 +107,7 @@ class LiveMigrationEndpoint:
         """
         core = self._core
         move = core.moves.get(migration, Side.SOURCE)
-        if core.driver.get_job_statistics(instance).postcopy:
-            raise errors.InvalidState(
-                instance=instance,
-                command="live_migration_abort",
-                attribute="migration status",
-                state=MigrationStatus.RUNNING_POSTCOPY.value,
-            )
+        self._refuse_in_postcopy(move, "live_migration_abort")
         rows: list[int] = []
 
         def admit(tx: Tx) -> bool:
@@ -139,8 +134,11 @@ class LiveMigrationEndpoint:
     ) -> Accepted:
         """At the source: finish a live migration at the guest's expense: by post-copy, or paused until it is over.
 
-        :raises InvalidState: it is over.
+        Asked for before the guest is on its way, it is done once it is.
+
+        :raises InvalidState: it is over, or in post-copy: it ends by itself.
         """
+        self._refuse_in_postcopy(self._core.moves.get(migration, Side.SOURCE), "live_migration_force_complete")
 
         def admit(tx: Tx) -> bool:
             _require_open(self._core, tx, instance, migration)
@@ -207,6 +205,21 @@ class LiveMigrationEndpoint:
         wish = Wish(operation, None, False)
         self._accept(context, "pre_live_migration", wish, admit, instance.uuid, migration, args)
         return self._prepared(migration, named)
+
+    def _refuse_in_postcopy(self, move: Move, command: str) -> None:
+        if move.closed or not move.handed_over:
+            return
+        try:
+            stats = self._core.driver.get_job_statistics(move.instance.uuid)
+        except errors.InstanceNotFound:
+            return
+        if stats.postcopy and stats.type in liveprogress.RUNNING:
+            uuid, status = move.instance.uuid, MigrationStatus.RUNNING_POSTCOPY.value
+            raise errors.InvalidState(
+                f"instance {uuid}: its migration is {status}: it runs at host {move.other} while its memory is still"
+                f" on host {move.migration.source_host}; nothing but its end can be waited for",
+                instance=uuid, command=command, attribute="migration status", state=status,
+            )  # fmt: skip
 
     def _prepared(self, migration: Migration, operation: str) -> MigrateData:
         deadline = time.monotonic() + LONGEST_WAIT

@@ -15,7 +15,7 @@ from functools import partial
 
 import msgspec
 
-from compute_worker import errors, objects
+from compute_worker import errors, logcontext, objects
 from compute_worker.errors import ComputeError
 from compute_worker.manager import peers
 from compute_worker.manager.core import Core, begin, require_state, settle_record
@@ -27,6 +27,7 @@ from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
 from compute_worker.operations.run import Run, Stopping
 from compute_worker.states import MigrationStatus, PowerState, VmState
 from compute_worker.virt.driver import GuestInfo
+from compute_worker.virt import liveprogress
 
 LOG = logging.getLogger(__name__)
 METHOD = "live_migration"
@@ -63,7 +64,7 @@ def kind(core: Core) -> Kind:
             Do("await_outcome", partial(_await_outcome, core), cancellable=False),
             Commit(partial(_commit, core), cancellable=False),
             Do("post_live_migration", partial(_clean_up, core), cancellable=False),
-            Do("tell_destination", lambda r: peers.nudge(core, _move(core, r).migration.dest_host, r.instance or "")),
+            Do("tell_destination", partial(_tell_destination, core)),
         ]
 
     return Kind(
@@ -113,6 +114,7 @@ def _check_destination(core: Core, run: Run) -> Result:
 def _prepare(core: Core, run: Run) -> Result:
     """The destination prepares; asked again it goes on with what it had begun (``protocol.md`` 11)."""
     move = _move(core, run)
+    run.report("check_destination", status=MigrationStatus.PREPARING.value)
     assert move.migrate_data is not None
     disk_info = core.driver.get_instance_disk_info(leaving(move))
     host = move.migration.dest_host
@@ -129,6 +131,7 @@ def _prepare(core: Core, run: Run) -> Result:
     except errors.InstanceDeleted:
         _delete_here(core, run)
         raise
+    run.report("pre_live_migration", status=MigrationStatus.PREPARING.value)
     _change(core, run, MigrationStatus.RUNNING, migrate_data=data)
     return {"migrate_data": objects.encode(data)}
 
@@ -176,7 +179,15 @@ def _fly(core: Core, run: Run) -> Result:
         )
     landed = LANDED if said is None else f"{type(said).__name__}: {said}"
     _change(core, run, landed=landed)
-    return {"landed": landed}
+    measured = _measured(run)
+    if said is None and "downtime" in measured:
+        core.downtimes.add(float(measured["downtime"]))
+    return {"landed": landed, **measured}
+
+
+def _measured(run: Run) -> dict[str, float | int | str]:
+    now = run.progress
+    return liveprogress.figures(now.detail) if now is not None and now.phase == liveprogress.PHASE else {}
 
 
 def _postcopy_failed(core: Core, move: Move) -> bool:
@@ -186,7 +197,8 @@ def _postcopy_failed(core: Core, move: Move) -> bool:
 
 def _flight(core: Core, run: Run, move: Move, ended: list[Exception | None]) -> None:
     try:
-        core.driver.live_migration(leaving(move), move.migration, move.migrate_data or _no_data(move), run)
+        with logcontext.bound(request_id=run.request_id, operation=run.uuid, instance=run.instance):
+            core.driver.live_migration(leaving(move), move.migration, move.migrate_data or _no_data(move), run)
     except Exception as exc:
         ended.append(exc)
     except BaseException as exc:
@@ -207,9 +219,9 @@ def _watch(core: Core, run: Run, thread: threading.Thread) -> None:
     while thread.is_alive():
         run.sleep(_LOOK, until=lambda: not thread.is_alive())
         move = _move(core, run)
-        if move.force and move.force != forced:
+        _record_postcopy(core, run, move)
+        if move.force and move.force != forced and _force(core, run, move):
             forced = move.force
-            _force(core, move)
         if not _stands_still(core, move):
             still_since = None
             continue
@@ -218,11 +230,24 @@ def _watch(core: Core, run: Run, thread: threading.Thread) -> None:
             _end_if_it_runs_there(core, run, move)
 
 
-def _force(core: Core, move: Move) -> None:
+def _record_postcopy(core: Core, run: Run, move: Move) -> None:
+    status = MigrationStatus.RUNNING_POSTCOPY
+    told = run.progress.detail.get("status") if run.progress is not None else None
+    if told == status.value and move.status is not status:
+        _change(core, run, status)
+
+
+def _force(core: Core, run: Run, move: Move) -> bool:
+    """Whether nothing more is to be tried: it is done, or cannot be done. A flight that has not taken off yet, or a
+    hypervisor that is busy, is tried again."""
     try:
         core.driver.live_migration_force_complete(move.instance, move.force == "postcopy")
     except errors.ComputeError as exc:
-        LOG.warning("instance %s: its migration was not forced: %s", move.instance.uuid, exc)
+        run.explain(f"it cannot be forced by {move.force}: {exc}")
+        _change(core, run, force="")
+        return True
+    run.explain(f"forced by {move.force}, as somebody asked for")
+    return True
 
 
 def _info(core: Core, instance: str) -> GuestInfo | None:
@@ -240,6 +265,9 @@ def _stands_still(core: Core, move: Move) -> bool:
         info = _info(core, move.instance.uuid)
     except errors.Retryable:
         return False
+    except (errors.InvalidState, errors.Retryable) as exc:
+        LOG.debug("operation %s: the migration is not forced yet: %s", run.uuid, exc)
+        return False
     # In a post-copy it has to: its memory is still being fetched from here.
     in_postcopy = info is not None and "post" in info.reason
     return info is not None and info.power_state is PowerState.PAUSED and info.migrating and not in_postcopy
@@ -248,7 +276,7 @@ def _stands_still(core: Core, move: Move) -> bool:
 def _end_if_it_runs_there(core: Core, run: Run, move: Move) -> None:
     """The finish reply may be lost: then this hypervisor would let its copy run on."""
     try:
-        answer = peers.ask(core, _question(move, run))
+        answer = peers.ask(core, _question(move, run), quick=True)
     except errors.PeerUnavailable:
         return
     if peers.decide(answer, move.journal_id, same_host=True)[0] is Verdict.YES:
@@ -282,7 +310,8 @@ def _ask(core: Core, run: Run) -> tuple[bool, str]:
             return False, "an operator said that the other host is off and stays off"
         failed = not move.landed_well
         try:
-            answer = peers.ask(core, _question(move, run), revoke=failed or run.cancel_requested)
+            revoke = failed or run.cancel_requested
+            answer = peers.ask(core, _question(move, run), revoke, quick=True)
         except errors.PeerUnavailable as exc:
             run.waiting_for = str(exc)
             _hold(core, run, move)
@@ -357,6 +386,12 @@ def _abandon(core: Core, tx: Tx, run: Run, error: ComputeError) -> None:
     before = move.instance
     settle_record(
         core.store,
+def _tell_destination(core: Core, run: Run) -> Result:
+    """The operation's result is what was measured of the flight."""
+    peers.nudge(core, _move(core, run).migration.dest_host, run.instance or "")
+    return {name: value for name, value in run.results["live_migration"].items() if name != "landed"}
+
+
         tx,
         before.uuid,
         migration=None,

@@ -185,14 +185,16 @@ def reason_of(answer: OperationAnswer) -> str:
     return str((answer.error or {}).get("message", f"it is {answer.state}"))
 
 
-def ask(core: Core, question: Question, revoke: bool = False) -> OperationAnswer:
+def ask(core: Core, question: Question, revoke: bool = False, *, quick: bool = False) -> OperationAnswer:
     """Ask once.
 
     :raises PeerUnavailable: no answer.
     """
+    :param quick: two seconds without an answer are silence, as a guest hangs on it.
     return reached(
         question.host,
-        lambda: core.peers.settle_operation(
+    asked = core.quick_peers if quick else core.peers
+        lambda: asked.settle_operation(
             question.message,
             question.instance,
             question.operation,

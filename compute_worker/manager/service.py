@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from compute_worker import claims as claims_module
 from compute_worker import moves as moves_module
@@ -169,6 +170,14 @@ class ComputeManager:
     ) -> None:
         """What the RPC server tells of a cast that was refused: recorded and notified."""
         self.operations.refuse(context, method, instance, error, operation)
+
+    def live_figures(self) -> dict[str, Any]:
+        """For metrics: live migrations that go on from here, and how long guests stood still in those that ended."""
+        running = self.operations.progress_of(live_source.METHOD)
+        return {
+            "migrations": [(instance or "", progress.detail) for instance, progress in running],
+            "downtimes": self.core.downtimes.cumulative(),
+        }
 
     def start(self) -> None:
         """Open the hypervisor, compare, and go on with every open operation. Commands may come when this returns.

@@ -192,8 +192,7 @@ class Executor:
 
     def _one(self, run: Run, kind: Kind, steps: Sequence[Step], index: int) -> None:
         step = steps[index]
-        run.phase = step.name
-        run.reason = None
+        run.begin_step(step.name)
         run.report(step.name)
         self._observe(Point.BEFORE_DO, run, step.name, "do")
         attempts, result = 1, None
@@ -261,8 +260,7 @@ class Executor:
         self._end(run, kind, OperationState.UNDONE, error)
 
     def _undo_one(self, run: Run, kind: Kind, index: int, step: Step) -> None:
-        run.phase = step.name
-        run.reason = None
+        run.begin_step(step.name)
 
         def begin(tx: Tx) -> None:
             journal.step_started(tx, run.id, index, "undo", step.name)
@@ -339,7 +337,13 @@ class Executor:
         self._outbox.add(
             tx,
             f"instance.{kind.event}.{'error' if error else 'end'}",
-            {"instance": run.instance, "kind": kind.name, "state": state.value, "error": said},
+            {
+                "instance": run.instance,
+                "kind": kind.name,
+                "state": state.value,
+                "error": said,
+                **({"result": result} if result else {}),
+            },
             operation_row=run.id,
             priority="ERROR" if error else "INFO",
         )

@@ -16,6 +16,8 @@ from compute_worker.operations.journal import Entry
 LOG = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.5
 _SMOOTH = 0.3
+_MOST_REASONS = 16
+"""Decisions of one step that are kept, the newest."""
 
 
 class Stopping(BaseException):
@@ -44,7 +46,7 @@ class Run:
         self.progress: Progress | None = None
         self.waiting_for: str | None = None
         self.phase = entry.phase
-        self.reason: str | None = None
+        self._reasons: list[str] = []
         self.undoing = False
         self.notified_at = 0.0
         self.told_waiting_at: float | None = None
@@ -85,8 +87,20 @@ class Run:
             self.on_report(self, before is None or before.phase != phase)
 
     def explain(self, reason: str) -> None:
-        """Why the step does what it does; journalled with its end."""
-        self.reason = reason
+        """Why the step does what it does: logged now, journalled with its end. Said again it is not repeated."""
+        if reason in self._reasons:
+            return
+        LOG.info("operation %s: %s of instance %s: %s: %s", self.uuid, self.kind, self.instance, self.phase, reason)
+        self._reasons = [*self._reasons, reason][-_MOST_REASONS:]
+
+    @property
+    def reason(self) -> str | None:
+        """What the step has decided so far, and why."""
+        return "; ".join(self._reasons) or None
+
+    def begin_step(self, name: str) -> None:
+        """Another step, which has decided nothing yet."""
+        self.phase, self._reasons = name, []
 
     def step_aside(self) -> None:
         """From now on it only waits for somebody else: others get its slot and its instance's line."""

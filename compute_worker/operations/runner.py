@@ -162,14 +162,23 @@ class Runner:
             run.wake()
 
     def live(self, operation: objects.Operation, row: int) -> objects.Operation:
-        """``operation`` with what only memory knows: progress and what it waits for."""
+        """``operation`` with what only memory knows: progress, what it waits for, what its step has decided so far."""
         with self._lock:
             run = self._runs.get(row)
         if run is None:
             return operation
         import msgspec
 
-        return msgspec.structs.replace(operation, progress=run.progress, waiting_for=run.waiting_for)
+        steps = operation.steps
+        if steps and steps[-1].ended_at is None:
+            steps = [*steps[:-1], msgspec.structs.replace(steps[-1], reason=run.reason)]
+        return msgspec.structs.replace(operation, progress=run.progress, waiting_for=run.waiting_for, steps=steps)
+
+    def progress_of(self, kind: str) -> list[tuple[str | None, objects.Progress]]:
+        """Instance and last report of every operation of a kind that runs and has reported."""
+        with self._lock:
+            runs = [run for run in self._runs.values() if run.kind == kind]
+        return [(run.instance, run.progress) for run in runs if run.progress is not None]
 
     def wait_final(self, is_final: Callable[[], bool], timeout: float) -> bool:
         """Wait until ``is_final()``, looked at whenever an operation ends; false when ``timeout`` seconds are over."""

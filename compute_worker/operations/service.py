@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 import uuid as uuid_module
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -346,6 +346,10 @@ class Operations:
     def counts(self) -> tuple[int, dict[str, int]]:
         """How many operations wait, and how many run by class."""
         return self._runner.counts()
+
+    def progress_of(self, kind: str) -> Sequence[tuple[str | None, objects.Progress]]:
+        """See :meth:`Runner.progress_of`."""
+        return self._runner.progress_of(kind)
 
     def wake(self, instance: str) -> None:
         """Make what waits for something about ``instance`` look again; everything, where that is empty."""

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +34,10 @@ class Snapshot:
     inbox_rows: int | None = None
     """Casts that are kept and not yet accepted or refused."""
     journal_bytes: int | None = None
+    migrations: Sequence[tuple[str, Mapping[str, float | int | str]]] = ()
+    """Live migrations that go on from here: instance, and what the last report said of it."""
+    downtimes: tuple[Sequence[tuple[str, float]], float] | None = None
+    """How long guests stood still: how many at most as long as each bound, and the sum of all in seconds."""
 
 
 MetricsSource = Callable[[], Snapshot]
@@ -73,7 +78,8 @@ class Metrics:
     """
 
     def __init__(self, source: MetricsSource, version: str) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+        import prometheus_client
+        from prometheus_client import CollectorRegistry, Histogram, Info, ProcessCollector
 
         self._registry: CollectorRegistry = CollectorRegistry()
         self._finished = Histogram(
@@ -89,7 +95,7 @@ class Metrics:
             buckets=_COMMIT_BUCKETS,
             registry=self._registry,
         )
-        self._notifications = Counter(
+        self._notifications = prometheus_client.Counter(
             f"{PREFIX}_notifications_sent",
             "Notifications that the broker confirmed, by their last word.",
             ["event"],
@@ -141,6 +147,52 @@ class _Collector:
                 yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=float(value))
         if now.host is not None:
             yield from _resources(now.host)
+        yield from _migrations(now)
+
+
+_OF_A_MIGRATION = (
+    ("memory_total", "memory_total_bytes", "memory of the guest"),
+    ("memory_processed", "memory_processed_bytes", "memory that was sent"),
+    ("memory_remaining", "memory_remaining_bytes", "memory that is left to send"),
+    ("memory_rate", "memory_rate_bytes", "memory sent in a second"),
+    ("memory_dirty_rate", "memory_dirty_rate_bytes", "memory that the guest writes in a second"),
+    ("disk_total", "disk_total_bytes", "disks that travel"),
+    ("disk_processed", "disk_processed_bytes", "of the disks that was sent"),
+    ("disk_remaining", "disk_remaining_bytes", "of the disks that is left to send"),
+    ("disk_rate", "disk_rate_bytes", "of the disks sent in a second"),
+    ("iteration", "iteration", "passes over the guest's memory"),
+    ("throttle", "throttle_percent", "how far the guest is slowed down"),
+    ("expected_downtime", "expected_downtime_seconds", "how long the guest would stand still now"),
+    ("elapsed", "elapsed_seconds", "how long it has taken"),
+)
+
+
+def _migrations(now: Snapshot) -> Iterator[Any]:
+    """One series for each guest that is under way: it ends with the migration."""
+    from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+
+    statuses = GaugeMetricFamily(
+        f"{PREFIX}_live_migrations", "Live migrations that go on from here, by status.", labels=["status"]
+    )
+    for status, count in sorted(Counter(str(d.get("status", "preparing")) for _, d in now.migrations).items()):
+        statuses.add_metric([status], count)
+    yield statuses
+    for key, name, text in _OF_A_MIGRATION:
+        known = [(instance, detail[key]) for instance, detail in now.migrations if key in detail]
+        if known:
+            about = f"Of a live migration that goes on: {text}."
+            family = GaugeMetricFamily(f"{PREFIX}_live_migration_{name}", about, labels=["instance"])
+            for instance, value in known:
+                family.add_metric([instance], float(value))
+            yield family
+    if now.downtimes is not None:
+        buckets, total = now.downtimes
+        yield HistogramMetricFamily(
+            f"{PREFIX}_live_migration_downtime_seconds",
+            "How long guests stood still when they were switched over to another host, as the hypervisor measured it.",
+            buckets=list(buckets),
+            sum_value=total,
+        )
 
 
 def _plain(now: Snapshot) -> list[tuple[str, str, float | None]]:

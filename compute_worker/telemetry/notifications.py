@@ -49,6 +49,8 @@ class Payload(Object, frozen=True, kw_only=True):
     """The operation's state: ``queued``, ``running``, ``undoing``, ``done``, ``undone`` or ``refused``."""
     phase: str | None = None
     progress: Progress | None = None
+    result: dict[str, Any] | None = None
+    """Of an operation that is done, what it found or measured, as ``get_operation`` tells it."""
     error: dict[str, Any] | None = None
     """``class``, ``message``, ``details``, ``reschedulable``, ``retry_after``."""
     request_id: str | None = None

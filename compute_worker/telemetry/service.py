@@ -38,6 +38,9 @@ class Observed(Protocol):
     def problems(self) -> dict[str, str]:
         """What keeps it from working: ``broker``, ``hypervisor``."""
 
+    def migrations(self) -> dict[str, Any]:
+        """What :class:`~compute_worker.telemetry.metrics.Snapshot` says of live migrations."""
+
 
 class _OfWorker:
     def __init__(self, worker: Any) -> None:
@@ -45,6 +48,7 @@ class _OfWorker:
         self.outbox: Outbox = worker.manager.operations.outbox
         self.host_state: Callable[[], HostState] = worker.host_state
         self.problems: Callable[[], dict[str, str]] = worker.problems
+        self.migrations: Callable[[], dict[str, Any]] = worker.manager.live_figures
 
 
 class Telemetry:
@@ -161,7 +165,8 @@ class Telemetry:
         problems = self._worker.problems()
         up: dict[str, Any] = {"broker_up": "broker" not in problems, "hypervisor_up": "hypervisor" not in problems}
         try:
-            return Snapshot(host=self._worker.host_state(), **up, **_of_journal(self._worker.database))
+            now = {**_of_journal(self._worker.database), **self._worker.migrations()}
+            return Snapshot(host=self._worker.host_state(), **up, **now)
         except Closed:
             return Snapshot(**up)
 

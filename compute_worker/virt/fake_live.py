@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from compute_worker.config import Settings
 from compute_worker.errors import (
     DestinationDiskExists,
     GuestFailed,
@@ -21,6 +23,8 @@ from compute_worker.errors import (
 )
 from compute_worker.objects import DiskInfo, Instance, MigrateData, Migration, encode
 from compute_worker.states import PowerState
+from compute_worker.virt import liveprogress
+from compute_worker.virt.convergence import GIB, Action, Decision, History, Policy, decide
 from compute_worker.virt.driver import EventKind, HostResources, Job, JobStatistics, Part
 from compute_worker.virt.fake_base import FakeBase, disk_info_of
 from compute_worker.virt.simulated.files import DELETED
@@ -31,8 +35,41 @@ from compute_worker.virt.simulated.model import File
 LOOK_SECONDS = 0.5
 
 
+class _Watched:
+    """A flight that is looked at: told to its job, and steered as the policy says."""
+
+    def __init__(self, flight: Flight, job: Job, policy: Policy) -> None:
+        self._flight, self._job, self._policy = flight, job, policy
+        self._history = History()
+        self._began = time.monotonic()
+        self.why_aborted = ""
+
+    def look(self) -> None:
+        """Tell and steer, once."""
+        stats = self._flight.statistics()
+        liveprogress.report(self._job, stats)
+        self._history = self._history.seen(stats, time.monotonic() - self._began)
+        decision = decide(self._history, self._policy)
+        if decision.action is Action.WAIT:
+            return
+        self._act(decision)
+        self._history = self._history.did(decision)
+        self._job.explain(f"{decision.action}: {decision.reason}")
+
+    def _act(self, decision: Decision) -> None:
+        if decision.action is Action.DOWNTIME:
+            self._flight.permit(decision.downtime_ms / 1000)
+        elif decision.action is Action.ABORT:
+            self.why_aborted = decision.reason
+            self._flight.abort()
+        else:
+            self._flight.force(decision.action is Action.POSTCOPY)
+
+
 class LiveMoves(FakeBase):
     """``check_can_live_migrate_*`` to ``rollback_live_migration_*``."""
+
+    _settings: Settings
 
     def check_can_live_migrate_destination(
         self, instance: Instance, migration: Migration, source: HostResources, disk_over_commit: bool
@@ -99,16 +136,17 @@ class LiveMoves(FakeBase):
         def abort() -> None:
             flight.abort()
 
+        watched = _Watched(flight, job, self._policy(instance, data))
         with job.on_cancel(abort):
             while not flight.done.wait(LOOK_SECONDS):
-                self._report(job, flight)
+                watched.look()
                 self._connection.check()
-        self._report(job, flight)
+        liveprogress.report(job, flight.statistics())
         if flight.state == "completed":
             return
         if flight.state == "cancelled":
             job.check()
-        raise MigrationFailed(migration=migration.uuid, reason=flight.reason, instance=uuid)
+        raise MigrationFailed(migration=migration.uuid, reason=watched.why_aborted or flight.reason, instance=uuid)
 
     def live_migration_abort(self, instance: Instance) -> None:
         """Ends well when nothing flies."""
@@ -235,11 +273,19 @@ class LiveMoves(FakeBase):
             flight.start()
             return flight
 
-    def _report(self, job: Job, flight: Flight) -> None:
-        now = flight.statistics()
-        done = (now.memory_processed or 0) + (now.disk_processed or 0)
-        total = (now.memory_total or 0) + (now.disk_total or 0)
-        job.report("live_migration", done, total, iteration=now.memory_iteration or 0, status=now.type)
+    def _policy(self, instance: Instance, data: MigrateData) -> Policy:
+        options = self._settings.live_migration
+        size = (instance.flavor.memory_mb << 20) + sum(disk.allocated_bytes for disk in data.disks)
+        return Policy(
+            size_gib=size / GIB,
+            max_downtime_ms=options.max_downtime_ms,
+            downtime_steps=options.downtime_steps,
+            downtime_delay=options.downtime_delay,
+            post_copy=options.permit_post_copy,
+            completion_timeout=options.completion_timeout,
+            timeout_action=options.timeout_action,
+            progress_timeout=options.progress_timeout,
+        )
 
     @staticmethod
     def _check_compatible(host: SimulatedHost, source: HostResources) -> None:

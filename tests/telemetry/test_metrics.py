@@ -92,3 +92,24 @@ def test_without_metrics_nothing_is_imported() -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
     assert isinstance(NullObserver(), NullObserver)
+
+
+def test_live_migrations_that_go_on_and_downtimes() -> None:
+    detail: dict[str, float | int | str] = {
+        "status": "running", "memory_total": 1000, "memory_remaining": 400, "memory_dirty_rate": 12.5, "iteration": 3,
+        "disk_remaining": 7, "expected_downtime": 0.4,
+    }  # fmt: skip
+    buckets = [("0.1", 2.0), ("+Inf", 3.0)]
+    found = samples(Metrics(lambda: Snapshot(migrations=[("a", detail), ("b", {})], downtimes=(buckets, 0.9)), "1"))
+    assert found["compute_worker_live_migrations", (("status", "running"),)] == 1
+    assert found["compute_worker_live_migrations", (("status", "preparing"),)] == 1
+    of_a = (("instance", "a"),)
+    assert found["compute_worker_live_migration_memory_remaining_bytes", of_a] == 400
+    assert found["compute_worker_live_migration_memory_dirty_rate_bytes", of_a] == 12.5
+    assert found["compute_worker_live_migration_disk_remaining_bytes", of_a] == 7
+    assert found["compute_worker_live_migration_iteration", of_a] == 3
+    assert found["compute_worker_live_migration_expected_downtime_seconds", of_a] == 0.4
+    assert not [name for name, labels in found if ("instance", "b") in labels]
+    assert found["compute_worker_live_migration_downtime_seconds_bucket", (("le", "0.1"),)] == 2
+    assert found["compute_worker_live_migration_downtime_seconds_count", ()] == 3
+    assert found["compute_worker_live_migration_downtime_seconds_sum", ()] == 0.9

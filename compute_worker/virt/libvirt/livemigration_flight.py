@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from compute_worker import errors
 from compute_worker.states import PowerState
-from compute_worker.virt import convergence
+from compute_worker.virt import convergence, liveprogress
 from compute_worker.virt.convergence import Action, Decision, History, Policy
 from compute_worker.virt.driver import Job, JobStatistics
 from compute_worker.virt.libvirt.events import DomainEvent, Event
@@ -26,7 +26,6 @@ LOG = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
 SILENCE_SECONDS = 4.0
 """A destination that took nothing for so long may be gone."""
-PHASE = "live_migration"
 OUTGOING = "migration_out"
 GONE = ("migrated",)
 """Reasons of a guest that is off here because it arrived."""
@@ -135,7 +134,6 @@ class Flight:
             return
         self._act(decision)
         self._history = self._history.did(decision)
-        LOG.info("instance %s: live migration: %s: %s", self._guest.uuid, decision.action, decision.reason)
         self._job.explain(f"{decision.action}: {decision.reason}")
 
     def _act(self, decision: Decision) -> None:
@@ -153,7 +151,7 @@ class Flight:
         """Again at each look: a job that has hardly begun cannot be aborted yet."""
         if stats.postcopy:
             self._tell("it is in post-copy: it cannot be stopped any more")
-        elif stats.type in ("bounded", "unbounded") and not self._severed:
+        elif stats.type in liveprogress.RUNNING and not self._severed:
             self._stop()
 
     def _stop(self) -> None:
@@ -176,22 +174,8 @@ class Flight:
             self._job.explain(what)
 
     def _report(self, stats: JobStatistics) -> None:
-        if stats.type not in ("bounded", "unbounded"):
-            return
-        done = (stats.memory_processed or 0) + (stats.disk_processed or 0)
-        total = done + (stats.memory_remaining or 0) + (stats.disk_remaining or 0)
-        detail = {
-            "iteration": stats.memory_iteration,
-            "memory_remaining": stats.memory_remaining,
-            "disk_remaining": stats.disk_remaining,
-            "memory_rate": stats.memory_rate,
-            "memory_dirty_rate": stats.memory_dirty_rate,
-            "throttle": stats.throttle,
-            "expected_downtime": stats.downtime,
-        }
-        known = {key: value for key, value in detail.items() if value is not None}
-        status = "postcopy" if stats.postcopy else stats.type
-        self._job.report(PHASE, done, total, status=status, **known)
+        if stats.type in liveprogress.RUNNING:
+            liveprogress.report(self._job, stats)
 
 
 def outcome(state: GuestState | None, job: str) -> str:

@@ -18,6 +18,7 @@ import msgspec
 from compute_worker import errors
 from compute_worker.objects import Instance, MigrateData, Migration
 from compute_worker.states import PowerState, VmState
+from compute_worker.virt import liveprogress
 from compute_worker.virt.driver import Job, JobStatistics, NullJob
 from compute_worker.virt.libvirt import livemigration_plan, xml_builder
 from compute_worker.virt.libvirt.coldmove_verdict import forget_precopy
@@ -63,6 +64,7 @@ class LiveMigrationSource:
         where, _ = look(guest)
         begun = self._records.begun(instance.uuid, migration)
         if where == "gone":
+            liveprogress.report(job, self._last(guest))
             return
         if where == "flying":
             job.explain("it is in the air already: joined")
@@ -129,7 +131,9 @@ class LiveMigrationSource:
         if isinstance(said, errors.HypervisorUnavailable):
             raise said
         if journey is not None and said is None:
-            LOG.info("instance %s: it has arrived: %s", guest.uuid, livemigration_plan.summary(self._last(guest)))
+            last = self._last(guest)
+            liveprogress.report(job, last)
+            LOG.info("instance %s: it has arrived: %s", guest.uuid, livemigration_plan.summary(last))
             return
         why = flight.why_aborted or (str(said) if said is not None else "libvirt does not say why")
         self._landed(guest, instance, migration, why, job)
@@ -144,6 +148,7 @@ class LiveMigrationSource:
         """It is over, and libvirt says where the guest is. Returns when it arrived."""
         where, state = look(guest)
         if where == "gone":
+            liveprogress.report(job, self._last(guest))
             return
         if where == "here":
             job.check()

@@ -29,6 +29,8 @@ class _Counters:
     processed: float = 0
     remaining: float = 0
     iteration: int = 0
+    pass_left: float = 0
+    """Bytes that the iteration still has to send."""
 
 
 class Flight:
@@ -48,6 +50,7 @@ class Flight:
         self.done = threading.Event()
         self._forced: str | None = None
         self._aborted = False
+        self._permitted = 0.0
         self._started = time.monotonic()
         self._paused_at: float | None = None
         self._ended: float | None = None
@@ -94,6 +97,19 @@ class Flight:
         with self.cell.lock:
             self._forced = POSTCOPY if postcopy else "pause"
 
+    def permit(self, seconds: float) -> None:
+        """Stop the guest for the rest as soon as that can be sent within ``seconds``."""
+        with self.cell.lock:
+            self._permitted = seconds
+
+    @property
+    def _rate(self) -> float | None:
+        return self.source.rate if self.source.link_rate is None else self.source.link_rate
+
+    def _expected(self) -> float | None:
+        """Seconds that the guest would stand still for what is left now."""
+        return self._memory.remaining / self._rate if self._rate and self.state == "running" else None
+
     def statistics(self) -> JobStatistics:
         """How far it is."""
         with self.cell.lock:
@@ -102,14 +118,14 @@ class Flight:
                 memory_total=self._memory.total,
                 memory_processed=int(self._memory.processed),
                 memory_remaining=int(self._memory.remaining),
-                memory_rate=self.source.rate,
-                memory_dirty_rate=self.source.dirty_rate,
+                memory_rate=self._rate,
+                memory_dirty_rate=self.source.dirty_rate if self._guest_runs() else 0.0,
                 memory_iteration=self._memory.iteration,
                 disk_total=self._disk.total,
                 disk_processed=int(self._disk.processed),
                 disk_remaining=int(self._disk.remaining),
-                disk_rate=self.source.rate,
-                downtime=self._downtime,
+                disk_rate=self._rate,
+                downtime=self._expected() if self._downtime is None else self._downtime,
                 elapsed=(self._ended or time.monotonic()) - self._started,
                 postcopy=self.postcopy,
             )
@@ -137,20 +153,30 @@ class Flight:
         self._land()
 
     def _transfer(self, counters: _Counters, dirty: bool) -> None:
-        counters.iteration = 1
+        counters.iteration, counters.pass_left = 1, counters.remaining
         while counters.remaining > 0:
             self._strike(self.dest, "receive")
             with self.cell.lock:
                 self._check()
                 if dirty:
                     self._obey()
-                rate = self.source.rate
+                    self._stop_for_the_rest(counters.remaining)
+                rate = self._rate
                 step = counters.remaining if rate is None else min(counters.remaining, rate * TICK)
                 counters.processed += step
                 redirtied = self.source.dirty_rate * TICK if dirty and rate is not None and self._guest_runs() else 0
-                counters.remaining = max(0.0, counters.remaining - step + redirtied)
+                # Writing a page again before it was sent makes no more to send: never more than there is.
+                counters.remaining = min(counters.total, max(0.0, counters.remaining - step + redirtied))
+                counters.pass_left -= step
+                if counters.pass_left <= 0 < counters.remaining:
+                    counters.iteration, counters.pass_left = counters.iteration + 1, counters.remaining
             if rate is not None:
                 self.done.wait(TICK)
+
+    def _stop_for_the_rest(self, remaining: float) -> None:
+        rate = self._rate
+        if rate is not None and not self.postcopy and self._guest_runs() and remaining <= rate * self._permitted:
+            self._pause_source()
 
     def _guest_runs(self) -> bool:
         return self.source.power_of(self.uuid) is PowerState.RUNNING

@@ -68,8 +68,11 @@ class SimulatedHost(HostFiles):
         self.version = 1_000_000
         self.rate: float | None = None
         """Bytes a second of downloads, copies and migrations from here; ``None``: they take no time."""
+        self.link_rate: float | None = None
+        """Bytes a second of live migrations from here; ``None``: as ``rate``."""
         self.dirty_rate = 0.0
-        """Bytes a second that guests dirty while they migrate; at ``rate`` or above a migration never ends."""
+        """Bytes a second that guests dirty while they migrate; at the rate of the migration or above it never ends by
+        itself."""
         self.finish_timeout = 0.2
         """Seconds after which the source of a migration whose finish reply was lost lets its guest run again."""
         self.deaf: set[str] = set()
