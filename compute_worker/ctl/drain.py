@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compute_worker import errors
+from compute_worker.ctl import livemoves
 from compute_worker.ctl.chain import Chain, Follower
 from compute_worker.ctl.context import EXPIRY_SECONDS, Ctl
 from compute_worker.ctl.drainplan import How, Left, Move, Plan, plan, verdict
@@ -26,7 +27,7 @@ from compute_worker.states import OperationState
 
 LOOK_SECONDS = 1.0
 REASON = "being drained"
-PLAN_COLUMNS = ("instance", "name", "flavor", "state", "goes to", "how", "why not")
+PLAN_COLUMNS = ("instance", "name", "flavor", "state", "goes to", "how", "why")
 DONE_COLUMNS = ("instance", "name", "went to", "result", "took", "reason")
 
 
@@ -40,12 +41,15 @@ class Result:
     confirmed: bool
     seconds: float
     reason: str = ""
+    how: How | None = None
 
     @property
     def word(self) -> str:
         """The result in a word or two."""
         if not self.moved:
             return "stays"
+        if self.how is How.LIVE:
+            return "moved live"
         return "moved, confirmed" if self.confirmed else "moved"
 
 
@@ -73,7 +77,11 @@ def _plan(ctl: Ctl, host: str, tried: frozenset[str]) -> Plan:
     instances = [i for i in api.list_instances(host=host) if i.uuid not in tried]
     states = {state.host: state for state in ctl.client.hosts()}
     states[host] = api.get_host_state(host=host)
-    return plan(host, instances, list(states.values()))
+
+    def refuses(instance: Instance, dest: str) -> str | None:
+        return livemoves.why_not(api, instance, livemoves.migration_to(str(uuid.uuid4()), instance, host, dest))
+
+    return plan(host, instances, list(states.values()), ctl.args.how, refuses)
 
 
 def _told_plan(ctl: Ctl, host: str, made: Plan) -> Exit:
@@ -87,7 +95,7 @@ def _told_plan(ctl: Ctl, host: str, made: Plan) -> Exit:
 
 def _show_plan(ctl: Ctl, host: str, made: Plan) -> None:
     rows: list[Sequence[object]] = [
-        (*_who(move.instance), move.way.to, move.how.value, "") for move in made.moves
+        (*_who(move.instance), move.way.to, move.how.value, move.reason) for move in made.moves
     ]
     rows += [(*_who(stuck.instance), "", "", stuck.reason) for stuck in made.stuck]
     if rows:
@@ -103,7 +111,8 @@ def _who(instance: Instance) -> tuple[object, ...]:
 def _as_document(made: Plan) -> dict[str, Any]:
     return {
         "moves": [
-            {"instance": m.instance.uuid, "to": m.way.to, "alternates": list(m.way.alternates), "how": m.how.value}
+            {"instance": m.instance.uuid, "to": m.way.to, "alternates": list(m.way.alternates), "how": m.how.value,
+             "reason": m.reason}
             for m in made.moves
         ],
         "stuck": [{"instance": s.instance.uuid, "reason": s.reason, "passing": s.passing} for s in made.stuck],
@@ -182,18 +191,21 @@ def _leave(ctl: Ctl, host: str, move: Move, tell: Teller) -> Result:
     try:
         ended, migration = WAYS[move.how](ctl, host, move, tell)
     except ComputeError as exc:
-        return Result(move.instance, host, False, False, time.monotonic() - began, exc.message)
-    reason, confirmed = "", False
+        return Result(move.instance, host, False, False, time.monotonic() - began, exc.message, move.how)
+    reason, confirmed, moved = "", False, ended.state is OperationState.DONE
     if ended.state is not OperationState.DONE:
         reason = (ended.error or {}).get("message", describe(ended))
+    elif move.how is How.LIVE:
+        reason = livemoves.stood_still(ended)
     elif ctl.args.confirm:
         try:
             _confirm(ctl, ended.host, move.instance.uuid, migration)
             confirmed = True
         except ComputeError as exc:
             reason = exc.message
-    moved = ended.state is OperationState.DONE
-    return Result(move.instance, ended.host if moved else host, moved, confirmed, time.monotonic() - began, reason)
+    # A live migration is decided at the source, a cold one where the instance then is.
+    where = host if not moved else move.way.to if move.how is How.LIVE else ended.host
+    return Result(move.instance, where, moved, confirmed, time.monotonic() - began, reason, move.how)
 
 
 def _cold(ctl: Ctl, host: str, move: Move, tell: Teller) -> tuple[Operation, str]:
@@ -214,7 +226,20 @@ def _cold(ctl: Ctl, host: str, move: Move, tell: Teller) -> tuple[Operation, str
     return ended, migration.uuid
 
 
-WAYS: Mapping[How, Callable[[Ctl, str, Move, Teller], tuple[Operation, str]]] = {How.COLD: _cold}
+def _live(ctl: Ctl, host: str, move: Move, tell: Teller) -> tuple[Operation, str]:
+    """While it runs; or as it was, with the reason. The operation and the migration."""
+    options = _options()
+    options.pop("expires_at")
+    operation = options["operation"]
+    migration = livemoves.migration_to(operation, move.instance, host, move.way.to)
+    livemoves.send(ctl, host, migration, options)
+    follower = Follower(ctl.client.api, livemoves.chain_of(operation, host, move.way.to), tell)
+    ended = follower.until_end(ctl.args.timeout)
+    follower.until_witnessed()
+    return ended, migration.uuid
+
+
+WAYS: Mapping[How, Callable[[Ctl, str, Move, Teller], tuple[Operation, str]]] = {How.COLD: _cold, How.LIVE: _live}
 
 
 def _confirm(ctl: Ctl, host: str, instance: str, migration: str) -> None:
@@ -257,7 +282,7 @@ def _told_result(ctl: Ctl, host: str, results: Sequence[Result], problems: Mappi
     if ctl.out.as_json:
         told = [
             {"instance": r.instance.uuid, "host": r.host, "moved": r.moved, "confirmed": r.confirmed,
-             "seconds": r.seconds, "reason": r.reason}
+             "how": r.how.value if r.how else None, "seconds": r.seconds, "reason": r.reason}
             for r in results
         ]
         listed = {"instances": [i.uuid for i in left.instances], "migrations": left.moves}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,17 +17,26 @@ from compute_worker.states import MigrationStatus, VmState, allowed
 class How(StrEnum):
     """How an instance leaves its host."""
 
+    LIVE = "live"
+    """Moved while it runs."""
     COLD = "cold"
     """Shut down, sent, started at the destination."""
 
 
+AUTO = "auto"
+"""Live where the guest runs and a host can take it so, cold otherwise."""
+Refuses = Callable[[Instance, str], str | None]
+"""Why a host cannot take an instance while it runs; ``None``: it can."""
+
+
 @dataclass(frozen=True)
 class Move:
-    """An instance that can leave."""
+    """An instance that can leave. ``reason``: why this way."""
 
     instance: Instance
     how: How
     way: Way
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,29 +56,45 @@ class Plan:
     stuck: Sequence[Stuck] = ()
 
 
-def how_to_move(instance: Instance) -> tuple[How | None, str, bool]:
-    """How an instance leaves; else why it cannot, and whether that passes by itself. Running guests will go by live
-    migration: this function is where that is chosen."""
+def how_to_move(instance: Instance, wanted: str = AUTO) -> tuple[How | None, str, bool]:
+    """How an instance leaves and why; or why it cannot, and whether that passes by itself.
+
+    :param wanted: ``auto``, or the only way that may be taken.
+    """
     if instance.task_state is not None or instance.vm_state is VmState.BUILDING:
         return None, f"busy: {(instance.task_state or instance.vm_state).value}", True
     if instance.vm_state is VmState.RESIZED:
         return None, "it waits for confirm or revert", False
     if instance.block_device_info.block_device_mapping:
         return None, "it has volumes", False
-    may, reason = allowed("resize_instance", instance.vm_state)
-    return (How.COLD, "", False) if may else (None, reason, False)
+    live, why_not_live = allowed("live_migration", instance.vm_state)
+    if live and wanted != How.COLD:
+        return How.LIVE, f"it is {instance.vm_state.value}", False
+    if wanted == How.LIVE:
+        return None, why_not_live, False
+    cold, why_not = allowed("resize_instance", instance.vm_state)
+    if not cold:
+        return None, why_not, False
+    return How.COLD, "asked for" if live else f"it is {instance.vm_state.value}", False
 
 
-def plan(host: str, instances: Iterable[Instance], states: Sequence[HostState]) -> Plan:
+def plan(
+    host: str,
+    instances: Iterable[Instance],
+    states: Sequence[HostState],
+    wanted: str = AUTO,
+    refuses: Refuses = lambda instance, host: None,
+) -> Plan:
     """Where each instance of ``host`` goes: the largest first, each to the host that then has most memory free.
 
     :param states: of all hosts that answer, ``host`` among them for its architecture. What is planned counts as used.
+    :param refuses: asked for instances that would move while they run.
     """
     moves: list[Move] = []
     stuck: list[Stuck] = []
     left = list(states)
     for instance in sorted(instances, key=lambda i: (-i.flavor.memory_mb, -i.flavor.vcpus, i.uuid)):
-        how, reason, passing = how_to_move(instance)
+        how, reason, passing = how_to_move(instance, wanted)
         if how is None:
             stuck.append(Stuck(instance, reason, passing))
             continue
@@ -78,9 +103,30 @@ def plan(host: str, instances: Iterable[Instance], states: Sequence[HostState]) 
         except Unschedulable as exc:
             stuck.append(Stuck(instance, exc.message))
             continue
-        left = [_with(state, instance.flavor) if state.host == way.to else state for state in left]
-        moves.append(Move(instance, how, way))
+        made: Move | None = Move(instance, how, way, reason)
+        if how is How.LIVE:
+            made, reason = _live(Move(instance, how, way, reason), refuses, wanted)
+        if made is None:
+            stuck.append(Stuck(instance, reason))
+            continue
+        left = [_with(state, instance.flavor) if state.host == made.way.to else state for state in left]
+        moves.append(made)
     return Plan(moves, stuck)
+
+
+def _live(move: Move, refuses: Refuses, wanted: str) -> tuple[Move | None, str]:
+    """To the first host that can take it while it runs; else cold, unless that is not wanted."""
+    problems: dict[str, str] = {}
+    for host in (move.way.to, *move.way.alternates):
+        problem = refuses(move.instance, host)
+        if problem is None:
+            return Move(move.instance, How.LIVE, Way(host), move.reason), ""
+        problems[host] = problem
+    why = "not live: " + "; ".join(f"{host}: {problem}" for host, problem in problems.items())
+    may, cold_problem = allowed("resize_instance", move.instance.vm_state)
+    if wanted == How.LIVE or not may:
+        return None, why if may else f"{why}; {cold_problem}"
+    return Move(move.instance, How.COLD, move.way, why), ""
 
 
 def _with(state: HostState, flavor: Flavor) -> HostState:

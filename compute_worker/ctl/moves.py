@@ -93,7 +93,8 @@ def migration_for(operation: str, instance: Instance, source: str, way: Way, fla
     )
 
 
-def _way(ctl: Ctl, source: str, flavor: Flavor) -> Way:
+def way_of(ctl: Ctl, source: str, flavor: Flavor) -> Way:
+    """Where the command line says, else the best host and the others in order."""
     args = ctl.args
     if args.to is None:
         states = ctl.client.hosts()
@@ -102,18 +103,18 @@ def _way(ctl: Ctl, source: str, flavor: Flavor) -> Way:
         return choose(states, source, flavor)
     # A host that is off would get the command when it is back, up to an hour from now.
     ctl.client.api.get_host_state(host=args.to)
-    return Way(args.to, tuple(args.alternate))
+    return Way(args.to, tuple(getattr(args, "alternate", ())))
 
 
 def _move(ctl: Ctl, source: str, instance: Instance, flavor: Flavor | None) -> Exit:
     options = ctl.options()
     options.pop("expires_at")
     operation = options["operation"]
-    again = _accepted_before(ctl, operation)
+    again = accepted_before(ctl, operation, ctl.args.to)
     if again is not None:
         return _follow(ctl, again, source, Way(again.host, tuple(ctl.args.alternate)), instance)
     require_movable(instance)
-    way = _way(ctl, source, flavor or instance.flavor)
+    way = way_of(ctl, source, flavor or instance.flavor)
     migration = migration_for(operation, instance, source, way, flavor)
 
     def send(host: str, options: CommandOptions) -> Accepted:
@@ -123,12 +124,13 @@ def _move(ctl: Ctl, source: str, instance: Instance, flavor: Flavor | None) -> E
     return _follow(ctl, accepted, source, way, instance)
 
 
-def _accepted_before(ctl: Ctl, operation: str) -> Accepted | None:
-    """The same command repeated. The record has changed since it began, so that the worker would see another one."""
-    if ctl.args.operation is None or ctl.args.to is None:
+def accepted_before(ctl: Ctl, operation: str, host: str | None) -> Accepted | None:
+    """The same command repeated to ``host``. The record has changed since it began, so that the worker would see
+    another one."""
+    if ctl.args.operation is None or ctl.args.to is None or host is None:
         return None
     try:
-        found = ctl.client.api.get_operation(operation, host=ctl.args.to)
+        found = ctl.client.api.get_operation(operation, host=host)
     except NotFound:
         return None
     return Accepted(operation=found.uuid, host=found.host, state=found.state, repeated=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compute_worker.ctl import commands, doctor, drain, movelist, moves, queries
+from compute_worker.ctl import commands, doctor, drain, drainplan, livemoves, movelist, moves, queries
 from compute_worker.ctl.connect import URL_VARIABLE
 from compute_worker.ctl.context import Ctl
 from compute_worker.ctl.exits import MEANING, Exit
@@ -84,6 +84,21 @@ MOVES: Mapping[str, Subcommand] = {
                           (INSTANCE,), sends=True),
     "revert": Subcommand(moves.revert, "give a moved instance back as it was; what it wrote since is lost",
                          (INSTANCE,), sends=True),
+    "live-migrate": Subcommand(livemoves.live_migrate, "move a running guest to another host while it goes on", (
+        INSTANCE,
+        opt("destination", nargs="?", metavar="HOST",
+            help="destination; default: the host with most free memory that can take it"),
+        opt("--to", metavar="HOST", help="the same"),
+        opt("--disk-over-commit", action="store_true",
+            help="room for what its disks occupy is enough, not for what they may grow to")), sends=True),
+    "abort": Subcommand(livemoves.abort, "stop a live migration; the guest goes on where it is", (INSTANCE,),
+                        sends=True),
+    "force-complete": Subcommand(livemoves.force_complete, "finish a live migration at the guest's expense", (
+        INSTANCE,
+        opt("--pause", dest="how", action="store_const", const="pause", default="pause",
+            help="it stands still until it is there (default)"),
+        opt("--postcopy", dest="how", action="store_const", const="postcopy",
+            help="it goes on there before its memory is there: it needs both hosts meanwhile")), sends=True),
     "migrations": Subcommand(movelist.migrations, "moves of all hosts that are not closed", (
         opt("--all", action="store_true", help="also closed ones, as long as hosts remember them"),)),
     "take-back": Subcommand(moves.take_back, "run an instance at its source again, as its destination is off", (
@@ -95,6 +110,8 @@ MOVES: Mapping[str, Subcommand] = {
     "drain": Subcommand(drain.run, "move everything off a host; exit status 0 only when it is empty", (
         opt("named_host", metavar="HOST", help="which"),
         opt("--dry-run", action="store_true", help="only say what would go where, and what would stay"),
+        opt("--how", choices=(drainplan.AUTO, *drainplan.How), default=drainplan.AUTO,
+            help="live: only while they run; cold: shut down; auto: live where that is possible (default)"),
         opt("--parallel", type=int, default=2, metavar="N", help="moves at once (default: 2)"),
         opt("--confirm", action="store_true", help="confirm each move away from it, so that it keeps no copy"),
         opt("--reason", default=drain.REASON, metavar="TEXT", help="why it is disabled (default: being drained)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 
 from compute_worker.objects import Progress
 
@@ -71,5 +72,34 @@ def progress_line(progress: Progress | None) -> str:
         parts.append(f"{amount(progress.rate)}/s")
     if progress.eta is not None:
         parts.append(f"{span(progress.eta)} left")
-    parts += [f"{safe(name)} {safe(value)}" for name, value in progress.detail.items()]
+    parts += [said for name, value in progress.detail.items() if (said := _detail(name, value))]
     return f"{safe(progress.phase)} {', '.join(parts)}".strip()
+
+
+_LIVE: Mapping[str, Callable[[float], str]] = {
+    "iteration": lambda count: f"pass {count:.0f} over its memory",
+    "memory_remaining": lambda size: f"{amount(size)} of memory left",
+    "disk_remaining": lambda size: f"{amount(size)} of disks left" if size else "",
+    "memory_dirty_rate": lambda rate: f"it writes {amount(rate)}/s" if rate else "",
+    "throttle": lambda percent: f"slowed down by {percent:.0f} %" if percent else "",
+    "expected_downtime": lambda seconds: f"would stand still for {span(seconds)}",
+    "downtime": lambda seconds: f"stood still for {span(seconds)}",
+    # Said by the others.
+    "memory_total": lambda size: "",
+    "memory_processed": lambda size: "",
+    "memory_rate": lambda rate: "",
+    "disk_total": lambda size: "",
+    "disk_processed": lambda size: "",
+    "disk_rate": lambda rate: "",
+    "elapsed": lambda seconds: "",
+}
+"""What a live migration tells of itself (:mod:`compute_worker.virt.liveprogress`)."""
+
+
+def _detail(name: str, value: float | int | str) -> str:
+    if name == "status":
+        return safe(value)
+    words = _LIVE.get(name)
+    if words is None or isinstance(value, str):
+        return f"{safe(name)} {safe(value)}"
+    return words(value)

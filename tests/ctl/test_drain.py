@@ -46,7 +46,7 @@ def test_a_dry_run_changes_nothing(cell: CtlCell) -> None:
 def test_everything_leaves_and_is_confirmed(cell: CtlCell) -> None:
     uuids = boots(cell, 4)
     assert cell.ctl("stop", uuids[0]).code == 0
-    told = cell.ctl("drain", FULL, "--confirm", "--parallel", "3")
+    told = cell.ctl("drain", FULL, "--how", "cold", "--confirm", "--parallel", "3")
     assert told.code == 0, told
     assert told.out.endswith("host drained is empty\n") and told.out.count("moved, confirmed") == 4
     assert not enabled(cell) and "being drained" in cell.ctl("hosts").out
@@ -59,7 +59,7 @@ def test_everything_leaves_and_is_confirmed(cell: CtlCell) -> None:
 
 def test_without_confirm_it_keeps_copies_and_is_not_empty(cell: CtlCell) -> None:
     boots(cell, 2)
-    told = cell.ctl("drain", FULL)
+    told = cell.ctl("drain", FULL, "--how", "cold")
     assert told.code == 1, told
     assert "host drained is not empty: 2 copies are kept until their moves are confirmed" in told.out
     assert "drain drained --confirm" in told.err
@@ -82,7 +82,7 @@ def test_one_that_fails_stays_as_it_was_and_the_rest_goes(cell: CtlCell) -> None
     for host in (NEXT, OTHER):
         error = errors.GuestFailed(instance=bad, reason="no such machine type")
         cell.simulated(host).faults.fail("define", error, times=None, uuid=bad)
-    told = cell.ctl("drain", FULL, "--confirm", "--json")
+    told = cell.ctl("drain", FULL, "--how", "cold", "--confirm", "--json")
     assert told.code == 1
     results = {r["instance"]: r for r in told.document["results"]}
     assert not results[bad]["moved"] and "no such machine type" in results[bad]["reason"]
@@ -103,7 +103,7 @@ def test_a_busy_one_is_waited_for(cell: CtlCell) -> None:
     stall.release()
     thread.join(30)
     assert told[0].code == 0, told
-    assert "busy: pausing" in told[0].out and "moved, confirmed" in told[0].out
+    assert "busy: pausing" in told[0].out and "moved live" in told[0].out
 
 
 def test_a_busy_one_is_not_waited_for_without_end(cell: CtlCell) -> None:
@@ -136,7 +136,7 @@ def test_an_interrupt_leaves_what_was_sent_and_sends_no_more(cell: CtlCell, monk
 
     monkeypatch.setattr(drain.ThreadPoolExecutor, "submit", interrupted)
     try:
-        assert cell.ctl("drain", FULL, "--parallel", "1").code == 130
+        assert cell.ctl("drain", FULL, "--how", "cold", "--parallel", "1").code == 130
         assert [future.cancelled() for future in sent] == [False, True, True]
         wait_for(sent[0].done, what="the thread that followed to end")
         assert not sent[0].result().moved and "goes on" in sent[0].result().reason
@@ -153,3 +153,53 @@ def test_nothing_else_answers(cell: CtlCell) -> None:
     assert told.code == 1 and "no other host can take it" in told.out
     assert cell.ctl("drain", FULL, "--parallel", "0").code == 2
     assert cell.ctl("drain", "nobody").code == 4
+
+
+def test_running_guests_leave_while_they_run_and_the_rest_cold(cell: CtlCell) -> None:
+    runs, off = boots(cell, 2)
+    token = cell.simulated(FULL).guest_memory(runs)[0]
+    assert cell.ctl("stop", off).code == 0
+    planned = {m["instance"]: m for m in cell.ctl("drain", FULL, "--dry-run", "--json").document["plan"]["moves"]}
+    assert (planned[runs]["how"], planned[runs]["reason"]) == ("live", "it is active")
+    assert (planned[off]["how"], planned[off]["reason"]) == ("cold", "it is stopped")
+    told = cell.ctl("drain", FULL, "--confirm", "--json")
+    assert told.code == 0, told
+    results = {r["instance"]: r for r in told.document["results"]}
+    assert (results[runs]["how"], results[off]["how"], results[off]["confirmed"]) == ("live", "cold", True)
+    assert "stood still for" in results[runs]["reason"]
+    assert cell.simulated(results[runs]["host"]).guest_memory(runs)[0] == token, "it booted anew"
+    assert cell.simulated(FULL).leftovers() == []
+
+
+def test_a_guest_that_nobody_can_take_live_goes_cold_and_the_plan_says_why(cell: CtlCell) -> None:
+    (uuid,) = boots(cell, 1)
+    for host in (NEXT, OTHER):
+        cell.simulated(host).cpu_model = "another"
+    told = cell.ctl("drain", FULL, "--dry-run")
+    assert told.code == 0 and "not live: " in told.out and "its processor model is another" in told.out, told
+    stays = cell.ctl("drain", FULL, "--dry-run", "--how", "live")
+    assert stays.code == 1 and "not live: " in stays.out and "1 would stay" in stays.out
+    assert cell.ctl("drain", FULL, "--confirm").code == 0
+    assert uuid in {i.uuid for h in (NEXT, OTHER) for i in cell.api.list_instances(host=h)}
+
+
+def test_the_first_host_that_can_take_it_live_is_taken(cell: CtlCell) -> None:
+    (uuid,) = boots(cell, 1)
+    states = sorted((s for s in cell.client().hosts() if s.host != FULL), key=lambda s: (-s.memory_mb.free, s.host))
+    cell.simulated(states[0].host).cpu_model = "another"
+    told = cell.ctl("drain", FULL, "--json")
+    assert told.code == 0, told
+    assert [(r["instance"], r["host"], r["how"]) for r in told.document["results"]] == [
+        (uuid, states[1].host, "live")
+    ]
+
+
+def test_one_that_does_not_get_away_live_goes_on_where_it_is(cell: CtlCell) -> None:
+    (uuid,) = boots(cell, 1)
+    for host in (NEXT, OTHER):
+        cell.simulated(host).faults.fail("receive", errors.DiskFull(path="instances"), times=None, uuid=uuid)
+    told = cell.ctl("drain", FULL, "--how", "live", "--json")
+    assert told.code == 1
+    (result,) = told.document["results"]
+    assert not result["moved"] and "no space left" in result["reason"]
+    assert cell.simulated(FULL).running(uuid)

@@ -31,9 +31,9 @@ VOLUMES = BlockDeviceInfo(block_device_mapping=[{"connection_info": 1}])
 @pytest.mark.parametrize(
     ("facts", "how", "reason", "passing"),
     [
-        ({}, How.COLD, "", False),
-        ({"vm_state": VmState.STOPPED}, How.COLD, "", False),
-        ({"vm_state": VmState.PAUSED}, How.COLD, "", False),
+        ({}, How.LIVE, "it is active", False),
+        ({"vm_state": VmState.STOPPED}, How.COLD, "it is stopped", False),
+        ({"vm_state": VmState.PAUSED}, How.LIVE, "it is paused", False),
         ({"vm_state": VmState.BUILDING}, None, "busy: building", True),
         ({"task_state": TaskState.REBOOTING}, None, "busy: rebooting", True),
         ({"vm_state": VmState.RESIZED}, None, "it waits for confirm or revert", False),
@@ -48,9 +48,43 @@ def test_how_to_move(facts: dict[str, Any], how: How | None, reason: str, passin
     assert how_to_move(instance(**facts)) == (how, reason, passing)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "state", "how", "reason"),
+    [
+        ("cold", VmState.ACTIVE, How.COLD, "asked for"),
+        ("cold", VmState.STOPPED, How.COLD, "it is stopped"),
+        ("live", VmState.ACTIVE, How.LIVE, "it is active"),
+        ("live", VmState.STOPPED, None, "live_migration needs vm_state active, paused; it is stopped"),
+    ],
+)
+def test_only_as_asked_for(wanted: str, state: VmState, how: How | None, reason: str) -> None:
+    assert how_to_move(instance(vm_state=state), wanted) == (how, reason, False)
+
+
+def test_live_to_the_first_host_that_can_take_it() -> None:
+    asked: list[str] = []
+
+    def refuses(one: Instance, name: str) -> str | None:
+        asked.append(name)
+        return "another processor" if name == "a" else None
+
+    hosts = [SOURCE, host("a", memory=4096), host("b", memory=3500)]
+    (move,) = plan("src", [instance()], hosts, refuses=refuses).moves
+    assert (move.how, move.way.to, move.way.alternates, asked) == (How.LIVE, "b", (), ["a", "b"])
+
+
+@pytest.mark.parametrize(("wanted", "moves"), [("auto", 1), ("live", 0)])
+def test_what_nobody_takes_live_goes_cold_unless_only_live_was_asked_for(wanted: str, moves: int) -> None:
+    made = plan("src", [instance()], [SOURCE, host("a")], wanted, lambda one, name: "another processor")
+    reasons = [m.reason for m in made.moves] + [s.reason for s in made.stuck]
+    assert len(made.moves) == moves and reasons == ["not live: a: another processor"]
+    assert all(m.how is How.COLD for m in made.moves)
+
+
 def test_the_largest_first_and_what_is_planned_counts() -> None:
     small, middle, large = instance(1, 1024), instance(2, 2048), instance(3, 3000)
-    made = plan("src", [small, middle, large], [SOURCE, host("a", memory=4096), host("b", memory=3500)])
+    hosts = [SOURCE, host("a", memory=4096), host("b", memory=3500)]
+    made = plan("src", [small, middle, large], hosts, "cold")
     assert [(m.instance.uuid[-1], m.way.to, m.way.alternates) for m in made.moves] == [
         ("3", "a", ("b",)), ("2", "b", ()), ("1", "b", ("a",)),
     ]

@@ -55,6 +55,22 @@ def test_progress_line_says_what_is_known() -> None:
     assert progress_line(full) == r"fetch_images 1.0 MiB of 3.0 MiB, 1.0 MiB/s, 2.0 s left, image \x1b"
 
 
+def test_progress_line_of_a_live_migration() -> None:
+    detail: dict[str, float | int | str] = {
+        "status": "running", "iteration": 3, "memory_total": 1 << 30, "memory_processed": 5 << 20,
+        "memory_remaining": 64 << 20, "memory_rate": 1e8, "memory_dirty_rate": float(32 << 20), "disk_total": 1,
+        "disk_processed": 1, "disk_remaining": 0, "disk_rate": 0.0, "throttle": 20, "expected_downtime": 0.64,
+        "elapsed": 4.0,
+    }  # fmt: skip
+    said = progress_line(Progress(phase="live_migration", done_bytes=5 << 20, total_bytes=69 << 20, detail=detail))
+    assert said == (
+        "live_migration 5.0 MiB of 69.0 MiB, running, pass 3 over its memory, 64.0 MiB of memory left,"
+        " it writes 32.0 MiB/s, slowed down by 20 %, would stand still for 640 ms"
+    )
+    over = Progress(phase="live_migration", detail={"status": "completed", "downtime": 0.041})
+    assert progress_line(over) == "live_migration completed, stood still for 41 ms"
+
+
 def test_fraction() -> None:
     assert fraction(None) is None
     assert fraction(Progress(phase="x", done_bytes=1, total_bytes=0)) is None
