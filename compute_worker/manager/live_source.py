@@ -26,8 +26,8 @@ from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
 from compute_worker.operations.run import Run, Stopping
 from compute_worker.states import MigrationStatus, PowerState, VmState
-from compute_worker.virt.driver import GuestInfo
 from compute_worker.virt import liveprogress
+from compute_worker.virt.driver import GuestInfo
 
 LOG = logging.getLogger(__name__)
 METHOD = "live_migration"
@@ -103,6 +103,7 @@ def _check_destination(core: Core, run: Run) -> Result:
     move = _move(core, run)
     if move.migrate_data is not None:
         return {"checked": "by the caller"}
+    run.report("check_destination", status=MigrationStatus.PREPARING.value)
     host = move.migration.dest_host
     data = core.peers.check_can_live_migrate_destination(
         leaving(move), move.migration, move.disk_over_commit, host=host
@@ -114,8 +115,8 @@ def _check_destination(core: Core, run: Run) -> Result:
 def _prepare(core: Core, run: Run) -> Result:
     """The destination prepares; asked again it goes on with what it had begun (``protocol.md`` 11)."""
     move = _move(core, run)
-    run.report("check_destination", status=MigrationStatus.PREPARING.value)
     assert move.migrate_data is not None
+    run.report("pre_live_migration", status=MigrationStatus.PREPARING.value)
     disk_info = core.driver.get_instance_disk_info(leaving(move))
     host = move.migration.dest_host
     try:
@@ -131,7 +132,6 @@ def _prepare(core: Core, run: Run) -> Result:
     except errors.InstanceDeleted:
         _delete_here(core, run)
         raise
-    run.report("pre_live_migration", status=MigrationStatus.PREPARING.value)
     _change(core, run, MigrationStatus.RUNNING, migrate_data=data)
     return {"migrate_data": objects.encode(data)}
 
@@ -242,6 +242,9 @@ def _force(core: Core, run: Run, move: Move) -> bool:
     hypervisor that is busy, is tried again."""
     try:
         core.driver.live_migration_force_complete(move.instance, move.force == "postcopy")
+    except (errors.InvalidState, errors.Retryable) as exc:
+        LOG.debug("operation %s: the migration is not forced yet: %s", run.uuid, exc)
+        return False
     except errors.ComputeError as exc:
         run.explain(f"it cannot be forced by {move.force}: {exc}")
         _change(core, run, force="")
@@ -264,9 +267,6 @@ def _stands_still(core: Core, move: Move) -> bool:
     try:
         info = _info(core, move.instance.uuid)
     except errors.Retryable:
-        return False
-    except (errors.InvalidState, errors.Retryable) as exc:
-        LOG.debug("operation %s: the migration is not forced yet: %s", run.uuid, exc)
         return False
     # In a post-copy it has to: its memory is still being fetched from here.
     in_postcopy = info is not None and "post" in info.reason
@@ -367,6 +367,12 @@ def _commit(core: Core, tx: Tx, run: Run) -> None:
     core.moves.change(tx, run.chain, Side.SOURCE, MigrationStatus.COMPLETED)
 
 
+def _tell_destination(core: Core, run: Run) -> Result:
+    """The operation's result is what was measured of the flight."""
+    peers.nudge(core, _move(core, run).migration.dest_host, run.instance or "")
+    return {name: value for name, value in run.results["live_migration"].items() if name != "landed"}
+
+
 def _clean_up(core: Core, run: Run) -> None:
     move = _move(core, run)
     info = _info(core, move.instance.uuid)
@@ -386,12 +392,6 @@ def _abandon(core: Core, tx: Tx, run: Run, error: ComputeError) -> None:
     before = move.instance
     settle_record(
         core.store,
-def _tell_destination(core: Core, run: Run) -> Result:
-    """The operation's result is what was measured of the flight."""
-    peers.nudge(core, _move(core, run).migration.dest_host, run.instance or "")
-    return {name: value for name, value in run.results["live_migration"].items() if name != "landed"}
-
-
         tx,
         before.uuid,
         migration=None,

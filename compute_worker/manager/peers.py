@@ -188,12 +188,12 @@ def reason_of(answer: OperationAnswer) -> str:
 def ask(core: Core, question: Question, revoke: bool = False, *, quick: bool = False) -> OperationAnswer:
     """Ask once.
 
+    :param quick: two seconds without an answer are silence, as a guest hangs on it.
     :raises PeerUnavailable: no answer.
     """
-    :param quick: two seconds without an answer are silence, as a guest hangs on it.
+    asked = core.quick_peers if quick else core.peers
     return reached(
         question.host,
-    asked = core.quick_peers if quick else core.peers
         lambda: asked.settle_operation(
             question.message,
             question.instance,
