@@ -91,6 +91,11 @@ class Move(Object, frozen=True, kw_only=True):
         return self.migration.source_host == self.migration.dest_host
 
     @property
+    def one_directory(self) -> bool:
+        """Whether both sides work on the same files: in place, or on shared storage."""
+        return self.same_host or (self.disk_info is not None and self.disk_info.shared)
+
+    @property
     def other(self) -> HostName:
         """The host at the other end."""
         return self.migration.dest_host if self.side is Side.SOURCE else self.migration.source_host

@@ -67,16 +67,19 @@ def _deleted_moves(core: Core, tx: Tx, uuid: str) -> list[Move]:
 
 
 def _await_operations(core: Core, run: Run) -> None:
-    """What it preempted has left: a move that waits for its other host is not in the instance's line any more."""
+    """What it preempted has left: a move that waits for its other host is not in the instance's line any more, and may
+    wait for long. Other deletes get the slot meanwhile."""
 
     def others() -> bool:
         entries = core.database.read(lambda tx: journal.open_entries(tx, run.instance))
         return any(entry.kind != run.kind for entry in entries)
 
     while others():
+        run.yield_slot()
         run.waiting_for = "operations that it has cancelled"
         run.wait(lambda: not others(), core.settings.compute.peer_ask_interval)
     run.waiting_for = None
+    run.claim_slot()
 
 
 def _local_steps(core: Core, run: Run) -> list[Step]:

@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +31,7 @@ from compute_worker.virt import liveprogress
 from compute_worker.virt.driver import GuestInfo
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 METHOD = "live_migration"
 _SUSPICIOUS = 1.0
 """Seconds that a guest may stand still for a migration before the destination is asked whether it runs it."""
@@ -99,14 +101,26 @@ def _question(move: Move, run: Run) -> Question:
 # --- before the flight ----------------------------------------------------------------------------------------------
 
 
+def _asked(run: Run, call: Callable[[], T]) -> T:
+    """``call()``. While the destination is silent nothing leaves this host: other migrations get the slot."""
+    try:
+        return call()
+    except errors.PeerUnavailable:
+        run.yield_slot()
+        raise
+
+
 def _check_destination(core: Core, run: Run) -> Result:
     move = _move(core, run)
     if move.migrate_data is not None:
         return {"checked": "by the caller"}
     run.report("check_destination", status=MigrationStatus.PREPARING.value)
     host = move.migration.dest_host
-    data = core.peers.check_can_live_migrate_destination(
-        leaving(move), move.migration, move.disk_over_commit, host=host
+    data = _asked(
+        run,
+        lambda: core.peers.check_can_live_migrate_destination(
+            leaving(move), move.migration, move.disk_over_commit, host=host
+        ),
     )
     _change(core, run, MigrationStatus.PREPARING, migrate_data=data)
     return {"block_migration": data.block_migration}
@@ -114,20 +128,24 @@ def _check_destination(core: Core, run: Run) -> Result:
 
 def _prepare(core: Core, run: Run) -> Result:
     """The destination prepares; asked again it goes on with what it had begun (``protocol.md`` 11)."""
+    run.claim_slot()
     move = _move(core, run)
     assert move.migrate_data is not None
     run.report("pre_live_migration", status=MigrationStatus.PREPARING.value)
     disk_info = core.driver.get_instance_disk_info(leaving(move))
     host = move.migration.dest_host
     try:
-        data = core.peers.pre_live_migration(
-            leaving(move),
-            move.migration,
-            move.migrate_data,
-            disk_info,
-            core.database.journal_id,
-            operation=run.uuid,
-            host=host,
+        data = _asked(
+            run,
+            lambda: core.peers.pre_live_migration(
+                leaving(move),
+                move.migration,
+                move.migrate_data or _no_data(move),
+                disk_info,
+                core.database.journal_id,
+                operation=run.uuid,
+                host=host,
+            ),
         )
     except errors.InstanceDeleted:
         _delete_here(core, run)
@@ -160,6 +178,7 @@ def _fly(core: Core, run: Run) -> Result:
     move = _move(core, run)
     if move.landed:
         return {"landed": move.landed}
+    run.claim_slot()
     if not move.handed_over:
         run.check()
         _change(core, run, handed_over=True)
@@ -279,7 +298,7 @@ def _end_if_it_runs_there(core: Core, run: Run, move: Move) -> None:
         answer = peers.ask(core, _question(move, run), quick=True)
     except errors.PeerUnavailable:
         return
-    if peers.decide(answer, move.journal_id, same_host=True)[0] is Verdict.YES:
+    if peers.decide(answer, move.journal_id, one_directory=True)[0] is Verdict.YES:
         LOG.warning("instance %s: it runs on host %s: the copy here is ended", run.instance, move.other)
         core.driver.post_live_migration(leaving(move), move.migration, move.migrate_data or _no_data(move))
 
@@ -317,7 +336,7 @@ def _ask(core: Core, run: Run) -> tuple[bool, str]:
             _hold(core, run, move)
         else:
             # What is only being undone there may still be running there.
-            verdict, why = peers.decide(answer, move.journal_id, same_host=True)
+            verdict, why = peers.decide(answer, move.journal_id, one_directory=True)
             if verdict is not Verdict.WAIT:
                 run.waiting_for = None
                 return verdict is Verdict.YES, why

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from compute_worker import errors
 from compute_worker.manager.core import Core
 from compute_worker.moves import Move
@@ -161,11 +163,11 @@ class Question:
     attempt: int = 1
 
 
-def decide(answer: OperationAnswer, journal_id: str, same_host: bool = False) -> tuple[Verdict, str]:
+def decide(answer: OperationAnswer, journal_id: str, one_directory: bool = False) -> tuple[Verdict, str]:
     """What an answer means, and why.
 
     :param journal_id: the journal that had accepted the command, where that is known.
-    :param same_host: both sides share one directory: what is being undone there is still in the way.
+    :param one_directory: both sides work on the same files: what is being undone there is still at them.
     """
     if not answer.known:
         if journal_id and answer.journal_id != journal_id and not answer.clean:
@@ -175,7 +177,7 @@ def decide(answer: OperationAnswer, journal_id: str, same_host: bool = False) ->
         return Verdict.YES, "it is committed there"
     if answer.state in (OperationState.UNDONE, OperationState.REFUSED):
         return Verdict.NO, reason_of(answer)
-    if answer.state is OperationState.UNDOING and not same_host:
+    if answer.state is OperationState.UNDOING and not one_directory:
         return Verdict.NO, reason_of(answer)
     return Verdict.WAIT, f"it is in {answer.phase}"
 
@@ -246,7 +248,7 @@ def await_verdict(
         except errors.PeerUnavailable as exc:
             run.waiting_for = str(exc)
         else:
-            verdict, why = decide(answer, journal_id, now.same_host)
+            verdict, why = decide(answer, journal_id, now.one_directory)
             if verdict is not Verdict.WAIT:
                 run.waiting_for = None
                 return verdict is Verdict.YES, answer, why
@@ -278,14 +280,31 @@ def asked(run: Run, host: str, call: Callable[[], T]) -> T:
 
 def has_forgotten(core: Core, move: Move) -> bool:
     """Whether a destination that does not know a finished move any more has confirmed it, so long ago that its side is
-    pruned: the instance is an ordinary one there, or was, and has gone on or was deleted."""
+    pruned: the instance is an ordinary one there, or was, and has gone on or was deleted. One that lost its journal has
+    found the instance beside its disks, still under the move: it is told of it again."""
     try:
         there = core.quick_peers.get_instance(move.instance.uuid, host=move.other)
     except (errors.InstanceMoved, errors.InstanceDeleted):
         return True
     except errors.ComputeError:
         return False
-    return there.migration != move.migration.uuid
+    if there.migration != move.migration.uuid:
+        return True
+    remind(core, move)
+    return False
+
+
+def remind(core: Core, move: Move) -> None:
+    """Tell a destination that has lost its journal of a move that it had finished: it can be confirmed and reverted
+    there again (:func:`compute_worker.manager.resize_destination.remember`)."""
+    leaving = msgspec.structs.replace(move.instance, migration=move.migration.uuid)
+    info = move.disk_info or DiskInfo()
+    try:
+        core.peers.finish_resize(leaving, move.migration, info, host=move.other, operation=move.operation)
+    except errors.ComputeError as exc:
+        LOG.warning("migration %s: host %s has lost it, and cannot be told: %s", leaving.migration, move.other, exc)
+    else:
+        LOG.warning("migration %s: host %s had lost it with its journal, and was told", leaving.migration, move.other)
 
 
 def nudge(core: Core, host: str, instance: str) -> None:

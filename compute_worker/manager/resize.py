@@ -284,6 +284,10 @@ class ResizeEndpoint:
         def admit(tx: Tx) -> bool:
             core = self._core
             core.store.forbid_deleted(tx, instance.uuid)
+            if core.moves.find(tx, migration.uuid, Side.DESTINATION) is None and resize_destination.remember(
+                core, tx, operation or migration.uuid, instance, migration, disk_info
+            ):
+                return True
             move = core.moves.require(tx, migration.uuid, Side.DESTINATION)
             if move.migration.attempt != migration.attempt or move.closed or move.instance.uuid != instance.uuid:
                 raise errors.MigrationNotFinished(migration=migration.uuid, status=move.status.value)

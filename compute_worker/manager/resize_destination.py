@@ -273,6 +273,31 @@ def _resume_guest(core: Core, run: Run) -> Result:
     return None
 
 
+def remember(core: Core, tx: Tx, operation: str, instance: Instance, migration: Migration, info: DiskInfo) -> bool:
+    """This side of a finished move, lost with the journal, written again: the source tells of it, and the record beside
+    the disks, which names the move and this host, bears it out. The window for a decision begins anew.
+
+    Returns whether it was so.
+    """
+    here = core.store.find(tx, instance.uuid)
+    if here is None or here.host != core.host or here.migration != migration.uuid:
+        return False
+    if here.task_state is not None or migration.status is not MigrationStatus.FINISHED:
+        return False
+    move = Move(
+        migration=migration,
+        side=Side.DESTINATION,
+        instance=instance,
+        operation=operation,
+        disk_info=info,
+        handed_over=True,
+        finished_at=time.time(),
+    )
+    core.moves.put(tx, move)
+    core.store.change(tx, instance.uuid, vm_state=VmState.RESIZED)
+    return True
+
+
 def runs_again(move: Move) -> bool:
     """Whether the guest ran when the move began."""
     return ran_before(move.instance.vm_state, move.instance.power_state)

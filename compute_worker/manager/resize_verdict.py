@@ -39,7 +39,9 @@ def decide(core: Core, tx: Tx, uuid: str, migration: str, method: str) -> bool:
     :raises MigrationNotFinished: the other decision was first, or the move is not finished.
     :raises MigrationNotFound: this host is not the destination of it.
     """
-    move = core.moves.require(tx, migration, Side.DESTINATION)
+    move = core.moves.find(tx, migration, Side.DESTINATION)
+    if move is None:
+        raise _not_found(core, tx, uuid, migration)
     if move.instance.uuid != uuid:
         raise errors.MigrationNotFound(migration=migration)
     if move.status in _DECIDED[method]:
@@ -50,6 +52,18 @@ def decide(core: Core, tx: Tx, uuid: str, migration: str, method: str) -> bool:
     core.moves.change(tx, migration, Side.DESTINATION, _DECIDED[method][0])
     begin(core.store, tx, instance, method)
     return False
+
+
+def _not_found(core: Core, tx: Tx, uuid: str, migration: str) -> errors.MigrationNotFound:
+    """In more words where the instance came by this move, which was lost with the journal."""
+    here = core.store.find(tx, uuid)
+    if here is None or here.host != core.host or here.migration != migration:
+        return errors.MigrationNotFound(migration=migration)
+    return errors.MigrationNotFound(
+        f"host {core.host} has lost its journal: of migration {migration} of instance {uuid} it knows nothing until the"
+        " source tells it, which it does within a minute: ask again then, or send it to the source now",
+        migration=migration,
+    )
 
 
 # --- confirm --------------------------------------------------------------------------------------------------------
@@ -143,7 +157,9 @@ def admit_drop(core: Core, tx: Tx, uuid: str, migration: str) -> bool:
 
     :raises MigrationNotFinished: it is not finished, or is being reverted.
     """
-    move = core.moves.require(tx, migration, Side.SOURCE)
+    move = core.moves.find(tx, migration, Side.SOURCE)
+    if move is None:
+        raise _not_found(core, tx, uuid, migration)
     if move.instance.uuid != uuid:
         raise errors.MigrationNotFound(migration=migration)
     if move.status in _DECIDED[CONFIRM]:
@@ -160,16 +176,19 @@ def drop_kind(core: Core) -> Kind:
         move = core.moves.get(run.chain, Side.SOURCE)
         host = move.migration.dest_host
         _require_droppable(move)
+
+        def ask() -> None:
+            uuid = move.instance.uuid
+            peers.asked(run, host, lambda: core.peers.confirm_resize(uuid, run.chain, host=host, operation=run.uuid))
+
         try:
-            peers.asked(
-                run,
-                host,
-                lambda: core.peers.confirm_resize(move.instance.uuid, run.chain, host=host, operation=run.uuid),
-            )
+            ask()
         except errors.MigrationNotFound:
-            if not peers.has_forgotten(core, move):
-                raise
-            run.explain(f"host {host} confirmed it long ago and has forgotten the move")
+            if peers.has_forgotten(core, move):
+                run.explain(f"host {host} confirmed it long ago and has forgotten the move")
+            else:
+                # One that had lost its journal has just been told of it.
+                ask()
         return {"decided": "confirm"}
 
     def drop(run: Run) -> None:

@@ -16,6 +16,7 @@ from compute_worker.operations.journal import Entry
 LOG = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.5
 _SMOOTH = 0.3
+_LOOK_FOR_SLOT = 60.0
 _MOST_REASONS = 16
 """Decisions of one step that are kept, the newest."""
 
@@ -58,6 +59,11 @@ class Run:
         self._sample: tuple[float, int] | None = None
         self.on_report: Callable[[Run, bool], None] | None = None
         self.on_step_aside: Callable[[Run], None] | None = None
+        self.on_yield_slot: Callable[[Run], None] | None = None
+        self.on_claim_slot: Callable[[Run], None] | None = None
+        self._slotless = False
+        self.wants_slot = False
+        """Whether it waits in :meth:`claim_slot`."""
         self.error: ComputeError | None = None
         """Why it is being undone."""
 
@@ -106,6 +112,32 @@ class Run:
         """From now on it only waits for somebody else: others get its slot and its instance's line."""
         if self.on_step_aside is not None:
             self.on_step_aside(self)
+
+    def yield_slot(self) -> None:
+        """It waits for somebody else until :meth:`claim_slot`: others get its slot. It keeps its instance's line."""
+        if self.on_yield_slot is not None and not self._slotless:
+            self._slotless = True
+            self.on_yield_slot(self)
+
+    def claim_slot(self) -> None:
+        """Go on: returns once it has a slot, at once where it never gave it up.
+
+        :raises Cancelled: as :meth:`check`.
+        """
+        if not self._slotless or self.on_claim_slot is None:
+            return
+        if not self.wants_slot:
+            self.wants_slot = True
+            self.on_claim_slot(self)
+        self.waiting_for = "its turn among the operations of its class"
+        while not self.wait(lambda: not self._slotless, _LOOK_FOR_SLOT):
+            continue
+        self.waiting_for = None
+
+    def slot_granted(self) -> None:
+        """It may go on."""
+        self._slotless = self.wants_slot = False
+        self.wake()
 
     @property
     def cancel_requested(self) -> bool:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from compute_worker import logcontext, objects
 from compute_worker.operations import journal
@@ -71,7 +72,9 @@ class Runner:
                 return
             run = Run(entry)
             run.on_report = self._on_report
-            run.on_step_aside = self._step_aside
+            run.on_step_aside = partial(self._admit_others, self._admission.step_aside)
+            run.on_yield_slot = partial(self._admit_others, self._admission.yield_slot)
+            run.on_claim_slot = partial(self._admit_others, self._admission.claim_slot)
             self._runs[entry.id] = run
             self._launch(self._admission.add(self._ticket(run)))
 
@@ -82,6 +85,9 @@ class Runner:
     def _launch(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             run = self._runs[ticket.id]
+            if run.wants_slot:
+                run.slot_granted()
+                continue
             thread = threading.Thread(target=self._work, args=(run,), name=f"op-{run.kind}", daemon=True)
             self._threads.add(thread)
             thread.start()
@@ -126,15 +132,16 @@ class Runner:
         with self._lock:
             if keep:
                 self._parked.add(run.id)
+                run.slot_granted()
             else:
                 del self._runs[run.id]
             tickets = self._admission.done(run.id)
             if not self._stopping:
                 self._launch(tickets)
 
-    def _step_aside(self, run: Run) -> None:
+    def _admit_others(self, change: Callable[[int], list[Ticket]], run: Run) -> None:
         with self._lock:
-            tickets = self._admission.step_aside(run.id)
+            tickets = change(run.id)
             if not self._stopping:
                 self._launch(tickets)
 

@@ -130,13 +130,16 @@ def test_a_source_that_was_away_for_days_does_not_revive_what_was_deleted(cell):
     assert cell.used_mb(SOURCE) == 0
 
 
+def lose_journal(machine: Machine) -> None:
+    machine.kill()
+    for file in Path(machine.settings.compute.state_path).glob("journal.sqlite*"):
+        file.unlink()
+    machine.restart()
+
+
 def test_a_destination_that_lost_its_journal_after_the_confirm_still_owns_it(cell):
     in_doubt(cell)
-    destination = cell[DESTINATION]
-    destination.kill()
-    for file in Path(destination.settings.compute.state_path).glob("journal.sqlite*"):
-        file.unlink()
-    destination.restart()
+    lose_journal(cell[DESTINATION])
     cell[SOURCE].restart()
     assert cell.outcome(SOURCE).state is OperationState.DONE
     wait_for(lambda: cell.leftovers(SOURCE) == set(), what="the copy to go")

@@ -18,7 +18,7 @@ NO_ERROR = {"class": "DiskFull", "message": "no space left", "details": {}}
 
 
 @pytest.mark.parametrize(
-    ("answer", "journal", "same_host", "verdict", "why"),
+    ("answer", "journal", "one_directory", "verdict", "why"),
     [
         (OperationAnswer(known=True, state=S.DONE, committed=True), "", False, Verdict.YES, "committed"),
         (OperationAnswer(known=True, state=S.RUNNING, committed=True), "", False, Verdict.YES, "committed"),
@@ -28,7 +28,7 @@ NO_ERROR = {"class": "DiskFull", "message": "no space left", "details": {}}
         (OperationAnswer(known=True, state=S.QUEUED, phase="queued"), "", False, Verdict.WAIT, "queued"),
         (OperationAnswer(known=True, state=S.UNDONE, error=NO_ERROR), "", False, Verdict.NO, "no space left"),
         (OperationAnswer(known=True, state=S.UNDOING, error=NO_ERROR), "", False, Verdict.NO, "no space left"),
-        # On one host what is being undone is in the way of what is taken back.
+        # On the same files what is being undone is in the way of what is taken back.
         (OperationAnswer(known=True, state=S.UNDOING, phase="undo define"), "", True, Verdict.WAIT, "undo define"),
         (OperationAnswer(known=True, state=S.REFUSED), "", False, Verdict.NO, "refused"),
         (OperationAnswer(known=False, journal_id="a"), "a", False, Verdict.NO, "never came"),
@@ -37,8 +37,8 @@ NO_ERROR = {"class": "DiskFull", "message": "no space left", "details": {}}
         (OperationAnswer(known=False, journal_id="b", clean=False), "a", False, Verdict.WAIT, "lost its journal"),
     ],
 )
-def test_decide(answer, journal, same_host, verdict, why):
-    found, reason = decide(answer, journal, same_host)
+def test_decide(answer, journal, one_directory, verdict, why):
+    found, reason = decide(answer, journal, one_directory)
     assert found is verdict
     assert why in reason
 
@@ -49,15 +49,15 @@ def test_decide(answer, journal, same_host, verdict, why):
     committed=st.booleans(),
     clean=st.booleans(),
     journals=st.sampled_from(list(itertools.product(["", "a"], ["a", "b"]))),
-    same_host=st.booleans(),
+    one_directory=st.booleans(),
 )
 def test_never_a_no_from_a_host_that_committed_nor_a_yes_from_one_that_did_not(
-    known, state, committed, clean, journals, same_host
+    known, state, committed, clean, journals, one_directory
 ):
     answer = OperationAnswer(
         known=known, state=state, committed=known and committed, clean=clean, journal_id=journals[1]
     )
-    verdict, why = decide(answer, journals[0], same_host)
+    verdict, why = decide(answer, journals[0], one_directory)
     assert why
     assert (verdict is Verdict.YES) == answer.committed
     if known and state in (S.QUEUED, S.RUNNING) and not committed:

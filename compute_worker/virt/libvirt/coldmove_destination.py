@@ -204,7 +204,8 @@ class ColdMoveDestination:
                 raise errors.MigrationFailed(migration=migration.uuid, reason=f"{disk.name} {problem}")
             self._deeds.disks.own(self._directory.path(uuid) / disk.name)
         self._grower.check(instance, info)
-        self._directory.write_disk_info(uuid, self._directory.measured(uuid, info))
+        own = msgspec.structs.replace(info, shared=False)
+        self._directory.write_disk_info(uuid, self._directory.measured(uuid, own))
         self._directory.write_record(instance)
         self._receiver.settle(instance)
 

@@ -255,8 +255,9 @@ class ColdMoveSource:
         with files.disk_errors(place):
             if place.is_dir():
                 shutil.rmtree(place)
+        shared = self._transport(migration, peer, job).name == SHARED
         self._chosen.pop((migration.uuid, migration.attempt), None)
-        return {"disk_info": objects.encode(info)}
+        return {"disk_info": objects.encode(msgspec.structs.replace(info, shared=shared))}
 
 
 def _is_local(migration: Migration) -> bool:

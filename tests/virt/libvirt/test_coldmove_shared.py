@@ -35,12 +35,14 @@ def sent(world: MoveWorld) -> tuple[Instance, Instance, Migration, list[Part], l
     assert any("by shared: host node2 sees the same" in reason for reason in job.reasons)
     there = msgspec.structs.replace(instance, host=world.b)
     info = objects.decode(told["disk_info"], DiskInfo, "test")
+    assert info.shared
     return instance, there, migration, parts, world.driver(world.b).finish_migration(there, migration, info)
 
 
 def test_whole_move_and_confirm(world: MoveWorld) -> None:
     instance, there, migration, _, arriving = sent(world)
     run(arriving, RecordingJob(), 2)
+    assert not world.driver(world.b).get_instance_disk_info(there).shared, "that is of the move, not of the disks"
     world.driver(world.b).unpause(there)
     assert directories(world, instance.uuid) == {"", "_resize"}
     for _ in range(2):
