@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.lab.libvirt_world import LibvirtWorld
-from tests.virt import contract
+from tests.lab.settings import IMAGES_PATH
+from tests.virt import contract, contract_snapshot
+from tests.virt.world import SNAPSHOT
 
 
 @pytest.fixture
@@ -36,3 +39,18 @@ class TestLifecycle(contract.LifecycleContract):
 
 class TestFacts(contract.FactsContract):
     pass
+
+
+class SnapshotWorld(LibvirtWorld):
+    supports = frozenset({SNAPSHOT})
+
+
+class TestSnapshots(contract_snapshot.SnapshotContract):
+    @pytest.fixture
+    def world(self) -> Iterator[SnapshotWorld]:
+        world = SnapshotWorld()
+        before = world.images()
+        yield world
+        for name in world.images() - before:
+            Path(IMAGES_PATH, name).unlink()
+        world.close()

@@ -14,9 +14,11 @@ from typing import Any
 
 from compute_worker import errors
 from compute_worker.config import Settings
-from compute_worker.objects import Diagnostics, DiskInfo, Instance, MigrateData, Migration
+from compute_worker.images.store import ImageStore
+from compute_worker.objects import CachedImage, Diagnostics, DiskInfo, Instance, MigrateData, Migration
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import (
+    ComputeDriver,
     DriverEvent,
     EventKind,
     GuestInfo,
@@ -26,6 +28,7 @@ from compute_worker.virt.driver import (
     Leftover,
     Part,
     Peer,
+    SnapshotRequest,
     SpawnRequest,
 )
 from compute_worker.virt.libvirt.accounts import blocked_at, groups_of, guest_user
@@ -41,12 +44,12 @@ from compute_worker.virt.libvirt.driver_events import STAYED, translate
 from compute_worker.virt.libvirt.events import Event
 from compute_worker.virt.libvirt.guest import Guest
 from compute_worker.virt.libvirt.host import Host
-from compute_worker.virt.libvirt.later import Unsupported
 from compute_worker.virt.libvirt.livemigration_checks import LiveMigrationChecks
 from compute_worker.virt.libvirt.livemigration_destination import LiveMigrationDestination
 from compute_worker.virt.libvirt.livemigration_source import LiveMigrationSource
 from compute_worker.virt.libvirt.power import Power
 from compute_worker.virt.libvirt.resources import Resources, can_direct_io
+from compute_worker.virt.libvirt.snapshot_parts import Snapshots
 from compute_worker.virt.libvirt.spawn import Spawner
 from compute_worker.virt.libvirt.transfer.precopy import Precopy
 from compute_worker.virt.libvirt.transfer.receiver import Receiver
@@ -57,7 +60,7 @@ PROGRAMS = {"qemu-img": "qemu-utils", "setpriv": "util-linux", "prlimit": "util-
 _MIGRATIONS = frozenset({"migration_in", "migration_out"})
 
 
-class LibvirtDriver(Unsupported):
+class LibvirtDriver(ComputeDriver):
     """A driver over the libvirt of ``settings.libvirt.connection_uri``.
 
     :param host: the connection; default: one made from the settings. For tests.
@@ -84,6 +87,7 @@ class LibvirtDriver(Unsupported):
         self._checks = LiveMigrationChecks(self._deeds)
         self._arriving = LiveMigrationDestination(self._deeds)
         self._leaving = LiveMigrationSource(self._deeds, warm, self._forget)
+        self._snapshots = Snapshots(self._deeds)
         self._resources = Resources(self._host, Path(settings.instances_path))
         self._listeners: tuple[Callable[[DriverEvent], None], ...] = ()
 
@@ -387,6 +391,23 @@ class LibvirtDriver(Unsupported):
         :raises InvalidState: it is here.
         """
         self._arriving.rollback(instance, migration)
+
+    # --- snapshot -----------------------------------------------------------------------------------------------
+
+    def snapshot(self, instance: Instance, request: SnapshotRequest) -> list[Part]:
+        """``create_image, freeze, upload, publish``. ``freeze`` says how the disk was brought to stand still.
+
+        :raises NotSupported: no such image store.
+        """
+        return self._snapshots.parts(instance, request)
+
+    def image_store(self, name: str | None) -> ImageStore:
+        """As the host's images are configured."""
+        return self._deeds.disks.stores.get(name)
+
+    def list_cached_images(self) -> list[CachedImage]:
+        """``_base``."""
+        return self._deeds.disks.cache.list_bases()
 
     def _forget(self, uuid: str) -> None:
         self._console.forget(uuid)

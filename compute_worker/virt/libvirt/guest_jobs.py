@@ -30,7 +30,13 @@ class GuestJobs:
     def job_operation(self) -> str:
         """The job that runs on it: ``migration_out``, ``migration_in``, ``save``, ``backup``, ...; empty: none."""
         with self.domain_for("reading its job") as dom:
-            stats = dom.jobStats(0) if dom.isActive() else {}
+            try:
+                stats = dom.jobStats(0) if dom.isActive() else {}
+            except libvirt.libvirtError as exc:
+                # "migration statistics are available only on the source host": of no other job.
+                if code_of(exc) == libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+                    return "migration_in"
+                raise
         if int(stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE)) == libvirt.VIR_DOMAIN_JOB_NONE:
             return ""
         return word(JOB_OPERATIONS, int(stats.get(libvirt.VIR_DOMAIN_JOB_OPERATION, 0)))
@@ -147,6 +153,11 @@ class GuestJobs:
                     return False
                 raise
             return True
+
+    def set_agent_patience(self, seconds: int) -> None:
+        """How long its agent is waited for from now on, in whole seconds; libvirt alone waits for ever."""
+        with self.domain_for("setting the patience with its agent") as dom:
+            dom.agentSetResponseTimeout(seconds, 0)
 
     def fs_freeze(self, mountpoints: Sequence[str] | None = None) -> int:
         """Flush and freeze its file systems through the guest agent; how many. Freezing twice fails: thaw first.

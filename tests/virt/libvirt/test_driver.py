@@ -16,7 +16,7 @@ from compute_worker import errors
 from compute_worker.config import Compute, Images, Libvirt, Settings
 from compute_worker.objects import Flavor, ImageMeta, Instance, Vif
 from compute_worker.states import PowerState
-from compute_worker.virt.driver import DriverEvent, EventKind, SpawnRequest
+from compute_worker.virt.driver import DriverEvent, EventKind, SnapshotRequest, SpawnRequest
 from compute_worker.virt.libvirt import console as console_module
 from compute_worker.virt.libvirt import driver as driver_module
 from compute_worker.virt.libvirt.disks import process
@@ -420,9 +420,13 @@ def test_libvirt_that_is_down_is_no_error_at_start(tmp_path: Path, instance: Ins
         driver.cleanup_host()
 
 
-def test_snapshots_are_refused(driver: LibvirtDriver, instance: Instance) -> None:
-    with pytest.raises(errors.NotSupported, match="snapshots"):
-        driver.snapshot(instance, "i", True)
+def test_snapshot_of_a_guest_that_has_no_disks(driver: LibvirtDriver, instance: Instance) -> None:
+    request = SnapshotRequest(ImageMeta(id="i"))
+    parts = driver.snapshot(instance, request)
+    assert [part.name for part in parts] == ["create_image", "freeze", "upload", "publish"]
+    with pytest.raises(errors.GuestFailed, match="its disks are missing"):
+        parts[0].do(RecordingJob())
+    undo(parts, RecordingJob(), 2)
 
 
 def test_directories_that_guests_cannot_pass_are_named(

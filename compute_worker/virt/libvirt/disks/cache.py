@@ -25,7 +25,7 @@ from compute_worker import errors
 from compute_worker.images import fetch, files, inspect
 from compute_worker.images.locks import NamedLocks
 from compute_worker.images.store import ImageStores
-from compute_worker.objects import ImageMeta
+from compute_worker.objects import CachedImage, ImageMeta
 from compute_worker.virt.libvirt.disks.instance_dir import InstancesDirectory
 from compute_worker.virt.libvirt.disks.qemu_img import ImageInfo, QemuImg
 
@@ -167,6 +167,27 @@ class ImageCache:
         before = (time.time() if now is None else now) - self._settings.remove_unused_base_images_after
         kept = {_image_digest(image_id) for image_id in used_images}
         return [name for name in sorted(self._names()) if self._prune_one(name, kept, before)]
+
+    def list_bases(self) -> list[CachedImage]:
+        """Every whole base, by name.
+
+        :raises compute_worker.errors.Broken: an instance's record is unreadable, so nobody can say what is in use.
+        """
+        used, found = self._directory.used_bases(), []
+        for name in sorted(self._names()):
+            path = self._directory.base / name
+            with suppress(FileNotFoundError):
+                seen = path.stat()
+                found.append(
+                    CachedImage(
+                        name=name,
+                        size_bytes=seen.st_size,
+                        allocated_bytes=seen.st_blocks * 512,
+                        used_at=self._locks.last_used(name),
+                        in_use=name in used,
+                    )
+                )
+        return found
 
     # --- inside -------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
 _MOST_OUTPUT = 64 << 20
 _SLOWEST_BYTES_PER_CPU_SECOND = 16 << 20
 """Decompressing costs most; seen: 100 to 400 MiB a second."""
+_SLOWEST_COMPRESSED_PER_CPU_SECOND = 4 << 20
+"""zlib costs most; seen: 26 MiB a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,13 @@ class QemuImg:
         """Remove a persistent bitmap from a qcow2 that nobody has open."""
         self._run(["bitmap", "--remove", "-f", "qcow2", path, name], job, writes=path)
 
+    def remove_bitmaps(self, path: Path, prefix: str, job: Job, keep: str = "") -> None:
+        """Remove those persistent bitmaps from a qcow2 that nobody has open whose names begin so; ``keep`` stays."""
+        for bitmap in self.info(path, "qcow2", job).details.get("bitmaps") or ():
+            name = str(bitmap.get("name", ""))
+            if name.startswith(prefix) and name != keep:
+                self.remove_bitmap(path, name, job)
+
     def convert(
         self, source: Path, source_format: str, target: Path, target_format: str, size_bytes: int, job: Job, phase: str
     ) -> None:
@@ -115,6 +124,22 @@ class QemuImg:
             address_space_bytes=self._look.address_space_bytes,
         )
         words = ["convert", "-p", "-f", source_format, "-O", target_format, source, target]
+        self._run(words, job, limits=limits, writes=target, on_output=_progress(job, phase, size_bytes))
+
+    def compress(self, source: str, target: Path, compression: str, size_bytes: int, job: Job, phase: str) -> None:
+        """Write a disk as a compressed qcow2 without a backing file.
+
+        :param source: the disk in QEMU's own notation (``json:``), which names its format and everything it stands on.
+        :param compression: ``zlib`` or ``zstd``.
+
+        If the process dies inside, ``target`` is garbage.
+        """
+        limits = Limits(
+            cpu_seconds=(self._look.cpu_seconds or 0) + size_bytes // _SLOWEST_COMPRESSED_PER_CPU_SECOND,
+            address_space_bytes=self._look.address_space_bytes,
+        )
+        options = ["-o", f"compression_type={compression}"]
+        words = ["convert", "-p", "-c", "-O", "qcow2", *options, source, target]
         self._run(words, job, limits=limits, writes=target, on_output=_progress(job, phase, size_bytes))
 
     def resize(self, path: Path, fmt: str, size_bytes: int, job: Job) -> bool:

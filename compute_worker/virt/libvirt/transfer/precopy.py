@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 from compute_worker import errors
 from compute_worker.config import Settings
@@ -28,10 +27,12 @@ from compute_worker.images import files
 from compute_worker.objects import Disk, DiskInfo, Migration
 from compute_worker.states import PowerState
 from compute_worker.virt.driver import Job, NullJob, Peer
+from compute_worker.virt.libvirt import backup_xml
 from compute_worker.virt.libvirt.disks.instance_dir import RESIZE, InstancesDirectory
 from compute_worker.virt.libvirt.disks.qemu_img import QemuImg
 from compute_worker.virt.libvirt.domain_disk import Disk as Device
 from compute_worker.virt.libvirt.guest import Guest
+from compute_worker.virt.libvirt.snapshot.live import drop_checkpoints
 from compute_worker.virt.libvirt.transfer import base, extents, layer, plan, windows
 from compute_worker.virt.libvirt.transfer.attempts import Attempts, address_of, security_of
 from compute_worker.virt.libvirt.transfer.base import Shipment
@@ -81,6 +82,10 @@ class Precopy:
         :raises MigrationFailed: the destination is not who it should be, or its connections break.
         :raises PeerUnavailable: the destination does not answer.
         """
+        for disk in info.disks:
+            # Elsewhere nobody could build on what a snapshot left, and a disk does not go with its bitmaps.
+            path = self._directory.path(guest.uuid) / disk.name
+            drop_checkpoints(guest, path if disk.format == "qcow2" else None, self._qemu_img)
         try:
             targets = self._decide(guest, migration, info, peer, job)
         except _GivenUp as exc:
@@ -158,7 +163,8 @@ class Precopy:
         others = [device.target_dev or "" for device in _disks(guest) if device.target_dev not in names]
         for disk, target in targets:
             self._scratch(place / f"{target}.scratch", disk, job)
-        backup, checkpoint = _backup_xml(place, names, others), _checkpoint_xml(token, names, others)
+        backup = backup_xml.pull(place / _SOCKET, {name: place / f"{name}.scratch" for name in names}, others)
+        checkpoint = backup_xml.checkpoint(token, names, others)
         guest.backup_begin(backup, checkpoint, reuse_external=True)
         plans = {}
         for disk, _ in targets:
@@ -402,11 +408,7 @@ class Precopy:
         """The file has no bitmap of ours. Nobody has it open."""
         if disk.format != "qcow2" or not path.is_file():
             return
-        found = self._qemu_img.info(path, "qcow2", NullJob()).details.get("bitmaps") or ()
-        for bitmap in found:
-            name = str(bitmap.get("name", ""))
-            if name.startswith(PREFIX):
-                self._qemu_img.remove_bitmap(path, name, NullJob())
+        self._qemu_img.remove_bitmaps(path, PREFIX, NullJob())
 
 
 def _disks(guest: Guest) -> Sequence[Device]:
@@ -444,30 +446,6 @@ def _recorder(shipment: Shipment, peer: Peer, job: Job, journal: bool) -> Callab
             job.check()
 
     return record
-
-
-def _backup_xml(place: Path, names: list[str], others: list[str]) -> str:
-    root = ET.Element("domainbackup", mode="pull")
-    ET.SubElement(root, "server", transport="unix", socket=str(place / _SOCKET))
-    disks = ET.SubElement(root, "disks")
-    for name in names:
-        disk = ET.SubElement(disks, "disk", name=name, backup="yes", type="file", exportname=name)
-        ET.SubElement(disk, "driver", type="qcow2")
-        ET.SubElement(disk, "scratch", file=str(place / f"{name}.scratch"))
-    for name in others:
-        ET.SubElement(disks, "disk", name=name, backup="no")
-    return ET.tostring(root, encoding="unicode")
-
-
-def _checkpoint_xml(token: str, names: list[str], others: list[str]) -> str:
-    root = ET.Element("domaincheckpoint")
-    ET.SubElement(root, "name").text = token
-    disks = ET.SubElement(root, "disks")
-    for name in names:
-        ET.SubElement(disks, "disk", name=name, checkpoint="bitmap", bitmap=token)
-    for name in others:
-        ET.SubElement(disks, "disk", name=name, checkpoint="no")
-    return ET.tostring(root, encoding="unicode")
 
 
 def _same_bytes(here: Connection, there: Connection, held: list[Extent], phase: str, job: Job) -> None:
