@@ -93,7 +93,7 @@ _LIVE: Mapping[str, Callable[[float], str]] = {
     "disk_rate": lambda rate: "",
     "elapsed": lambda seconds: "",
 }
-"""What a live migration tells of itself (:mod:`compute_worker.virt.liveprogress`)."""
+"""What a live migration tells of itself (:mod:`compute_worker.liveprogress`)."""
 
 
 def _detail(name: str, value: float | int | str) -> str:

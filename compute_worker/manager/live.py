@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from compute_worker import errors, objects
+from compute_worker import errors, liveprogress, objects
 from compute_worker.manager import live_destination, live_source
 from compute_worker.manager.core import Core, Wish, accept
 from compute_worker.manager.hostswitch import HostSwitch
@@ -19,7 +19,6 @@ from compute_worker.objects import Accepted, DiskInfo, Instance, MigrateData, Mi
 from compute_worker.operations.database import Tx
 from compute_worker.operations.service import Operations
 from compute_worker.states import MigrationStatus
-from compute_worker.virt import liveprogress
 from compute_worker.virt.driver import HostResources
 
 LONGEST_WAIT = 50.0

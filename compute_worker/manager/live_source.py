@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
-from compute_worker import errors, logcontext, objects
+from compute_worker import errors, liveprogress, logcontext, objects
 from compute_worker.errors import ComputeError
 from compute_worker.manager import peers
 from compute_worker.manager.core import Core, begin, require_state, settle_record
@@ -27,7 +27,6 @@ from compute_worker.operations.database import Tx
 from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
 from compute_worker.operations.run import Run, Stopping
 from compute_worker.states import MigrationStatus, PowerState, VmState
-from compute_worker.virt import liveprogress
 from compute_worker.virt.driver import GuestInfo
 
 LOG = logging.getLogger(__name__)

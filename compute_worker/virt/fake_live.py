@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from compute_worker import liveprogress
 from compute_worker.config import Settings
 from compute_worker.errors import (
     DestinationDiskExists,
@@ -23,7 +24,6 @@ from compute_worker.errors import (
 )
 from compute_worker.objects import DiskInfo, Instance, MigrateData, Migration, encode
 from compute_worker.states import PowerState
-from compute_worker.virt import liveprogress
 from compute_worker.virt.convergence import GIB, Action, Decision, History, Policy, decide
 from compute_worker.virt.driver import EventKind, HostResources, Job, JobStatistics, Part
 from compute_worker.virt.fake_base import FakeBase, disk_info_of

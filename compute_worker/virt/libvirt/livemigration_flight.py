@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from compute_worker import errors
+from compute_worker import errors, liveprogress
 from compute_worker.states import PowerState
-from compute_worker.virt import convergence, liveprogress
+from compute_worker.virt import convergence
 from compute_worker.virt.convergence import Action, Decision, History, Policy
 from compute_worker.virt.driver import Job, JobStatistics
 from compute_worker.virt.libvirt.events import DomainEvent, Event

@@ -15,10 +15,9 @@ from typing import NoReturn
 
 import msgspec
 
-from compute_worker import errors
+from compute_worker import errors, liveprogress
 from compute_worker.objects import Instance, MigrateData, Migration
 from compute_worker.states import PowerState, VmState
-from compute_worker.virt import liveprogress
 from compute_worker.virt.driver import Job, JobStatistics, NullJob
 from compute_worker.virt.libvirt import livemigration_plan, xml_builder
 from compute_worker.virt.libvirt.coldmove_verdict import forget_precopy

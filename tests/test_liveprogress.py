@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from compute_worker.liveprogress import detail_of, figures, report, status_of
 from compute_worker.states import MigrationStatus
 from compute_worker.virt.driver import JobStatistics
-from compute_worker.virt.liveprogress import detail_of, figures, report, status_of
 from tests.virt.jobs import RecordingJob
 
 FULL = JobStatistics(
