@@ -114,6 +114,10 @@ class Images:
     http_ca_file: str = option("", "Certificates that an https store is checked against. Default: the system's.")
     glance_url: str = option("", "Address of the image service (its endpoint, without /v2).")
     glance_cloud: str = option("", "Name of the cloud in clouds.yaml, for authentication; empty: none.")
+    glance_import: bool = option(
+        False,
+        "Whether snapshots are imported (glance-direct) instead of uploaded: the service then takes them in by itself.",
+    )
     max_image_gb: int = option(1024, "Largest image in GiB, as downloaded or in virtual size.", min=1)
     download_attempts: int = option(5, "Times an interrupted download is resumed.", min=1)
     qemu_img_cpu_seconds: int = option(30, "Processor seconds qemu-img may use to look at an image.", min=1)

@@ -32,6 +32,7 @@
     |   |-- HypervisorUnavailable
     |   |-- PeerUnavailable
     |   |-- ImageStoreUnavailable
+    |   |   `-- ImageImporting       it has all bytes and takes them in
     |   |-- HypervisorBusy
     |   `-- StoreBusy
     |-- Broken                       will not go away: before COMMIT the operation is undone
@@ -240,6 +241,11 @@ class PeerUnavailable(Retryable):
 
 class ImageStoreUnavailable(Retryable):
     template = "image store {store} does not answer: {reason}"
+
+
+class ImageImporting(ImageStoreUnavailable):
+    template = "image {image} is still being taken in by store {store}"
+    patient = True
 
 
 class StoreBusy(Retryable):

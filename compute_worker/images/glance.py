@@ -9,16 +9,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compute_worker import errors
-from compute_worker.images.store import CHUNK_BYTES, ImageFacts, ImageStore, Opened
+from compute_worker.images.glance_upload import GlanceUploads, facts_of
+from compute_worker.images.store import CHUNK_BYTES, ImageFacts, Opened
 
 if TYPE_CHECKING:
     from compute_worker.config import Images
 
 TIMEOUT_SECONDS = 20.0
-_ALGORITHMS = ("sha256", "sha512")
 
 
-class GlanceStore(ImageStore):
+class GlanceStore(GlanceUploads):
     """Images of ``images.glance_cloud`` (an entry of ``clouds.yaml``) or of ``images.glance_url`` without
     authentication. The libraries are imported at the first use, so that other hosts do not pay for them."""
 
@@ -48,7 +48,7 @@ class GlanceStore(ImageStore):
                 image=image_id,
                 store=self.name,
             )
-        return _facts(found)
+        return facts_of(found)
 
     def open(self, image_id: str, offset: int = 0, validator: str | None = None) -> Opened:
         """The image's bytes. A published image never changes, so ``validator`` is its hash and not sent."""
@@ -120,18 +120,6 @@ class GlanceStore(ImageStore):
         url = self._settings.glance_url.rstrip("/") + "/v2"
         plain = session.Session(auth=noauth.NoAuth(endpoint=url), timeout=TIMEOUT_SECONDS, app_name="compute-worker")
         return adapter.Adapter(plain, endpoint_override=url)
-
-
-def _facts(found: dict[str, Any]) -> ImageFacts:
-    algorithm, value, size = found.get("os_hash_algo"), found.get("os_hash_value"), found.get("size")
-    known = algorithm in _ALGORITHMS and isinstance(value, str) and bool(value)
-    return ImageFacts(
-        size_bytes=size if isinstance(size, int) else None,
-        checksum_algorithm=algorithm if known else None,
-        checksum=str(value).lower() if known else None,
-        disk_format=found.get("disk_format") or None,
-        validator=str(value) if known else None,
-    )
 
 
 def _abort(response: Any) -> None:

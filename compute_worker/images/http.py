@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urljoin, urlsplit
 
 from compute_worker import errors
-from compute_worker.images.http_upload import Answer, HttpUploads, reason_of
+from compute_worker.images.http_upload import Answer, HttpUploads
+from compute_worker.images.put import reason_of
 from compute_worker.images.store import CHUNK_BYTES, ImageFacts, Opened
 
 if TYPE_CHECKING:

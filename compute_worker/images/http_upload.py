@@ -7,18 +7,17 @@ look. Beside image ``<id>`` lies ``<id>.about.json``: what it is and which opera
 from __future__ import annotations
 
 import abc
-import hashlib
 import http.client
-import socket
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from compute_worker import errors
-from compute_worker.images.store import ORIGIN, ImageFacts, ImageStore, Piece, flat
+from compute_worker.images import put
+from compute_worker.images.store import ORIGIN, ImageFacts, ImageStore, Piece
 from compute_worker.objects import ImageMeta
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 ABOUT = ".about.json"
 _MOST_ABOUT = 1 << 20
 _BROKEN = (OSError, http.client.HTTPException)
-Body = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +42,7 @@ class Answer:
 
     def abort(self) -> None:
         """Wake whoever waits for bytes: closing alone would not."""
-        shut_down(self.connection)
-
-
-def shut_down(connection: http.client.HTTPConnection) -> None:
-    """End a connection under whoever reads or writes it, from any thread."""
-    sock = connection.sock
-    if sock is not None:
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-
-
-def reason_of(exc: BaseException) -> str:
-    """What broke, in few words."""
-    return (str(exc) or type(exc).__name__)[:200]
+        put.shut_down(self.connection)
 
 
 class HttpUploads(ImageStore):
@@ -147,7 +132,7 @@ class HttpUploads(ImageStore):
                 image=image_id, reason=f"what store {self.name} has under {image_id}{ABOUT} is no description"
             ) from None
         except _BROKEN as exc:
-            raise errors.ImageStoreUnavailable(store=self.name, reason=reason_of(exc)) from None
+            raise errors.ImageStoreUnavailable(store=self.name, reason=put.reason_of(exc)) from None
         finally:
             answer.close()
 
@@ -160,65 +145,10 @@ class HttpUploads(ImageStore):
     ) -> tuple[int, str]:
         """Send; size and sha256 of what went."""
         connection, target = self._connect(self._base + name)
-        try:
-            with job.on_cancel(lambda: shut_down(connection)) if job is not None else nullcontext():
-                return self._put_on(connection, target, name, pieces, size_bytes, job)
-        except _BROKEN as exc:
-            if job is not None:
-                job.check()  # it was we who shut it down
-            raise errors.ImageStoreUnavailable(store=self.name, reason=reason_of(exc)) from None
-        finally:
-            connection.close()
+        goal = put.Goal(connection, target, {}, self.name, name.removesuffix(ABOUT), self._refused)
+        return put.put(goal, pieces, size_bytes, job)
 
-    def _put_on(
-        self,
-        connection: http.client.HTTPConnection,
-        target: str,
-        name: str,
-        pieces: Iterable[Piece],
-        size_bytes: int | None,
-        job: Job | None,
-    ) -> tuple[int, str]:
-        digest, done = hashlib.sha256(), 0
-        connection.putrequest("PUT", target, skip_accept_encoding=True)
-        connection.putheader("Content-Type", "application/octet-stream")
-        length = ("Transfer-Encoding", "chunked") if size_bytes is None else ("Content-Length", str(size_bytes))
-        connection.putheader(*length)
-        connection.endheaders()
-        for data in flat(pieces):
-            if job is not None:
-                job.check()
-            digest.update(data)
-            done += len(data)
-            if size_bytes is not None and done > size_bytes:
-                raise errors.ImageUnacceptable(image=name, reason=f"more than the {size_bytes} bytes announced came")
-            self._send_some(connection, name, data, chunked=size_bytes is None)
-        if size_bytes not in (None, done):
-            raise errors.ImageUnacceptable(image=name, reason=f"{done} bytes came, {size_bytes} were announced")
-        if size_bytes is None:
-            self._send_some(connection, name, b"", chunked=True)
-        status = connection.getresponse().status
-        if not 200 <= status < 300:
-            raise self._refused(status, name)
-        return done, digest.hexdigest()
-
-    def _send_some(self, connection: http.client.HTTPConnection, name: str, data: Body, *, chunked: bool) -> None:
-        try:
-            if chunked:
-                connection.send(f"{len(data):x}\r\n".encode())
-            connection.send(data)
-            if chunked:
-                connection.send(b"\r\n")
-        except OSError:
-            # A server that refuses the rest may have said why before it hung up.
-            with suppress(*_BROKEN):
-                status = connection.getresponse().status
-                if status >= 300:
-                    raise self._refused(status, name) from None
-            raise
-
-    def _refused(self, status: int, name: str) -> errors.ComputeError:
-        image_id = name.removesuffix(ABOUT)
+    def _refused(self, status: int, image_id: str) -> errors.ComputeError:
         if 300 <= status < 400 or status in (404, 410):
             return errors.ImageUnacceptable(
                 image=image_id, reason=f"store {self.name} takes no images at this address (HTTP status {status})"
