@@ -113,24 +113,42 @@ def has_arrived(info: GuestInfo | None) -> bool:
 
 
 def _await_guest(core: Core, run: Run) -> Result:
-    """:raises ComputeError: it never came and cannot come any more."""
+    """Until the hypervisor has the guest, or it never can come any more. A hypervisor that cannot say it now decides
+    nothing: the guest may be on its way, and its disks are here.
+
+    :raises MigrationFailed: it never came and cannot come any more.
+    """
     run.step_aside()
     interval = core.settings.compute.peer_ask_interval
     while True:
-        seen, move = run.nudges, _move(core, run)
-        if has_arrived(_info(core, move.instance.uuid)):
+        seen = run.nudges
+        try:
+            arrived, error = _look(core, run)
+        except errors.ComputeError as exc:
+            run.waiting_for = str(exc)
+            arrived, error = False, None
+        if arrived:
             return {"arrived": True}
-        over, why, answer = _flight_is_over(core, run, move)
-        if answer is not None and answer.landed:
-            # This host went down with it before it was seen here: its disks are whole.
-            run.explain("the source says that it has landed here")
-            return {"arrived": True}
-        if over and _cleared(core, move):
-            raise errors.from_dict(answer.error) if answer is not None and answer.error else errors.MigrationFailed(
-                migration=run.chain, reason=why
-            )
-        if not over:
-            run.sleep(interval, until=lambda s=seen: run.nudges != s)  # type: ignore[misc]
+        if error is not None:
+            raise error
+        run.sleep(interval, until=lambda s=seen: run.nudges != s)  # type: ignore[misc]
+
+
+def _look(core: Core, run: Run) -> tuple[bool, ComputeError | None]:
+    """Whether it has arrived; else why it never will, once everything of it is removed."""
+    move = _move(core, run)
+    if has_arrived(_info(core, move.instance.uuid)):
+        return True, None
+    over, why, answer = _flight_is_over(core, run, move)
+    if answer is not None and answer.landed:
+        # This host went down with it before it was seen here: its disks are whole.
+        run.explain("the source says that it has landed here")
+        return True, None
+    if not (over and _cleared(core, move)):
+        return False, None
+    if answer is not None and answer.error:
+        return False, errors.from_dict(answer.error)
+    return False, errors.MigrationFailed(migration=run.chain, reason=why)
 
 
 def _info(core: Core, uuid: str) -> GuestInfo | None:

@@ -162,6 +162,17 @@ def test_the_flight_fails_and_the_guest_goes_on(cell):
     stayed(cell)
 
 
+@pytest.mark.parametrize("error", [errors.NotSupported(what="reading its job"), errors.HypervisorBusy(reason="x")])
+def test_a_destination_that_cannot_say_whether_it_came_decides_nothing(cell, error):
+    """What was prepared is not put back under a guest that flies, or has landed."""
+    cell.boot()
+    cell[SOURCE].host.rate = 200_000_000.0
+    cell[DESTINATION].host.faults.fail("get_info", error, times=8)
+    cell.migrate()
+    assert cell.outcome(SOURCE).state is OperationState.DONE, cell.outcome(SOURCE).error
+    arrived(cell)
+
+
 def test_refused_and_nothing_changes(cell):
     instance = cell.boot()
     with pytest.raises(errors.InvalidCommand):

@@ -180,6 +180,8 @@ class LiveMigrationDestination:
         self._remove_ours(uuid, migration)
 
     def _remove_ours(self, uuid: str, migration: Migration) -> None:
+        if self._deeds.power(uuid) is PowerState.RUNNING:
+            raise errors.HypervisorBusy(reason=f"instance {uuid} runs here: its disks are not removed")
         ours = self._arrivals.owner(uuid) == migration.uuid
         if ours or self._directory.arrival(uuid, migration.uuid) is not None:
             self._directory.remove(uuid)

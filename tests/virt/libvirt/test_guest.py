@@ -194,6 +194,19 @@ def test_job_statistics_of_a_guest_that_is_off(guest):
     assert not guest.block("vda").abort()
 
 
+def test_a_guest_that_arrives_has_no_statistics_but_a_job(guest, monkeypatch):
+    """libvirt has them at the source only, and says so by an error."""
+    guest.launch()
+    refused = libvirt.libvirtError("migration statistics are available only on the source host")
+    refused.err = (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, 10, "", 2, None, None, None, 0, 0)
+
+    def stats(dom, flags):
+        raise refused
+
+    monkeypatch.setattr(libvirt.virDomain, "jobStats", stats)
+    assert guest.job_operation() == "migration_in"
+
+
 @pytest.mark.parametrize(("base", "top"), [("", "/i/disk"), ("/b", ""), (None, None)])
 def test_a_commit_must_name_its_base_and_top(guest, base, top):
     with pytest.raises(ValueError, match="a commit names its base and its top"):

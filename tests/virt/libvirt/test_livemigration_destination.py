@@ -319,6 +319,17 @@ def test_a_guest_that_came_is_ours(move_world: Make, times: int) -> None:
     assert world.power(world.b, instance.uuid) == "running"
 
 
+def test_the_disks_of_a_guest_that_came_are_not_put_back(move_world: Make) -> None:
+    """Whoever undoes what was prepared: the guest runs on it."""
+    world = move_world()
+    instance, migration, data = prepared(world)
+    arrive(world, instance)
+    before = world.files(world.b, instance.uuid)
+    with pytest.raises(errors.HypervisorBusy, match="runs here"):
+        undo(prepare(world, instance, migration, data)[:1], RecordingJob())
+    assert world.files(world.b, instance.uuid) == before
+
+
 def test_a_guest_that_did_not_come(move_world: Make) -> None:
     world = move_world()
     instance, migration, _ = prepared(world)
