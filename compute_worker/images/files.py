@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,16 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all in it, also while somebody else removes files from it. Follows no symbolic link."""
+
+    def failed(function: object, name: object, info: tuple[type[BaseException], BaseException, object]) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            raise info[1]
+
+    shutil.rmtree(path, onerror=failed)
 
 
 def give_to_group(path: Path, group: str, mode: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,22 @@ def test_shared_storage_is_known_by_the_deepest_mount(tmp_path: Path, kind: str,
         "3 1 8:3 / /elsewhere rw - nfs4 server:/ rw\n"
     )
     assert files.is_shared(tmp_path / "_base", table) is shared
+
+
+def test_a_tree_goes_while_somebody_else_removes_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tree").mkdir()
+    for name in "abc":
+        (tmp_path / "tree" / name).touch()
+    unlink = os.unlink
+
+    def races(*words: Any, **options: Any) -> None:
+        unlink(*words, **options)
+        unlink(*words, **options)
+
+    with monkeypatch.context() as racing:
+        racing.setattr(os, "unlink", races)
+        files.remove_tree(tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
+    with pytest.raises(NotADirectoryError):
+        (tmp_path / "file").touch()
+        files.remove_tree(tmp_path / "file")

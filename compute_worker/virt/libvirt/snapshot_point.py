@@ -8,7 +8,6 @@ an image that is not there.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,7 +200,7 @@ class Points:
         place = self.place(uuid)
         with files.disk_errors(place):
             if place.is_dir():
-                shutil.rmtree(place)
+                files.remove_tree(place)
 
     def drop_checkpoints(self, uuid: str, keep: str = "") -> None:
         """No checkpoint of an image is left but ``keep``."""

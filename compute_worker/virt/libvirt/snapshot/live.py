@@ -33,6 +33,7 @@ KEEP_FREE = 512 << 20
 must not take the guest's own room."""
 ON = frozenset({PowerState.RUNNING, PowerState.PAUSED})
 _LONGEST_SOCKET = 107
+_END_SECONDS = 30.0
 
 
 def new_token() -> str:
@@ -109,6 +110,8 @@ class LiveDisk:
         with suppress(errors.InstanceNotFound, errors.NotSupported):
             if self.stands():
                 self._guest.abort_job()
+                # libvirt ends it behind our back; until then the guest takes no other job.
+                NullJob().wait(lambda: not self.stands(), _END_SECONDS)
 
     def look(self, since: str) -> Still:
         """Its size, data, and what was written since.

@@ -15,7 +15,6 @@ import functools
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -402,7 +401,7 @@ class Precopy:
                     self._clean(directory / disk.name, disk)
             with files.disk_errors(directory):
                 if (directory / DIRECTORY).is_dir():
-                    shutil.rmtree(directory / DIRECTORY)
+                    files.remove_tree(directory / DIRECTORY)
 
     def _clean(self, path: Path, disk: Disk) -> None:
         """The file has no bitmap of ours. Nobody has it open."""
