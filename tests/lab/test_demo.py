@@ -1,4 +1,4 @@
-"""The scenario on two real hosts, as `make demo` runs it: a minute on a busy machine, real guests boot five times."""
+"""The scenario on two real hosts, as `make demo` runs it: over a minute, as real guests boot eight times."""
 
 from __future__ import annotations
 
