@@ -91,6 +91,8 @@ _BY_CODE: Mapping[int, _Build] = {
     libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: _not_supported,
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: _agent,
     libvirt.VIR_ERR_AGENT_UNSYNCED: _agent,
+    # Newer libvirts tell an agent that took a command and does not answer from one that is silent.
+    getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", libvirt.VIR_ERR_AGENT_UNRESPONSIVE): _agent,
     libvirt.VIR_ERR_OPERATION_ABORTED: lambda call, reason: errors.Cancelled(reason),
 }
 

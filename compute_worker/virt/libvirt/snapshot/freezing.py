@@ -47,6 +47,11 @@ def frozen(guest: Guest, seconds: float) -> Iterator[Frozen]:
     try:
         guest.set_agent_patience(max(1, round(seconds)))
         told.count = guest.fs_freeze()
+    except errors.GuestFailed as exc:
+        # Its agent lives and refuses; whoever else froze them has to thaw them.
+        told.reason = str(exc)
+        yield told
+        return
     except _NO_ANSWER as exc:
         told.reason = str(exc)
         # An agent that fell silent in the middle may have frozen some.

@@ -194,6 +194,20 @@ class TestPruning:
         assert tree(host.directory.root) == {f"_base/{cow.name}"}
         assert not (host.directory.locks / f"{raw.name}.lock").exists()
 
+    def test_the_list_says_who_is_used_and_since_when(self, host: DiskBuilder, job: Job) -> None:
+        raw, cow = host.cache.ensure(image(), job), host.cache.ensure(image("cow"), job)
+        (host.directory.base / f"{raw.name}x.part").touch()
+        host.directory.create(UUID)
+        stands = Disk(name="disk", format="qcow2", virtual_size_bytes=1, backing=raw.name)
+        host.directory.write_disk_info(UUID, DiskInfo(disks=[stands]))
+        found = {one.name: one for one in host.cache.list_bases()}
+        assert found.keys() == {raw.name, cow.name}
+        assert (found[raw.name].in_use, found[cow.name].in_use) == (True, False)
+        for one in found.values():
+            seen = (host.directory.base / one.name).stat()
+            assert (one.size_bytes, one.allocated_bytes) == (seen.st_size, seen.st_blocks * 512)
+            assert time.time() - 60 < one.used_at <= time.time() + 1
+
     def test_what_a_disk_stands_on_or_will_stays(self, host: DiskBuilder, job: Job) -> None:
         raw, cow = host.cache.ensure(image(), job), host.cache.ensure(image("cow"), job)
         host.directory.create(UUID)

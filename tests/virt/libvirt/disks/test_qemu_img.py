@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,27 @@ def test_limits_hold(tmp_path: Path, job: Job) -> None:
     disk = qcow2(tmp_path / "disk", 8)
     with pytest.raises(errors.CommandFailed):
         QemuImg(30, 1).info(disk, "qcow2", job)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compress_makes_a_disk_that_stands_alone(tool: QemuImg, tmp_path: Path, job: Job, compression: str) -> None:
+    base, disk, made = tmp_path / "base", tmp_path / "disk", tmp_path / "made"
+    base.write_bytes(b"x" * MIB)
+    tool.create_overlay(disk, 4 * MIB, str(base), "raw", job)
+    source = {"driver": "qcow2", "file": {"driver": "file", "filename": str(disk)}}
+    tool.compress("json:" + json.dumps(source), made, compression, 4 * MIB, job, "compressing")
+    seen = tool.info(made, "qcow2", job)
+    assert seen.backing is None and seen.details["compression-type"] == compression
+    tool.convert(made, "qcow2", tmp_path / "raw", "raw", 4 * MIB, job, "converting")
+    assert (tmp_path / "raw").read_bytes() == b"x" * MIB + bytes(3 * MIB) and made.stat().st_size < MIB
+
+
+def test_bitmaps_go_by_the_beginning_of_their_names(tool: QemuImg, tmp_path: Path, job: Job) -> None:
+    disk = tmp_path / "disk"
+    tool.create(disk, "qcow2", MIB, job)
+    for name in ("ours-1", "ours-2", "theirs"):
+        subprocess.run(["qemu-img", "bitmap", "--add", "-f", "qcow2", str(disk), name], check=True, timeout=20)
+    tool.remove_bitmaps(disk, "ours-", job, keep="ours-2")
+    assert {one["name"] for one in tool.info(disk, "qcow2", job).details["bitmaps"]} == {"ours-2", "theirs"}
+    tool.remove_bitmaps(disk, "", job)
+    assert not tool.info(disk, "qcow2", job).details.get("bitmaps")

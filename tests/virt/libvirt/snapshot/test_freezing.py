@@ -52,6 +52,13 @@ def test_an_agent_that_does_not_answer(fake: FakeGuest, reason: str, thaws: int)
     assert fake.calls.count("fs_thaw") == thaws and told.thawed
 
 
+def test_what_somebody_else_froze_is_left_frozen(fake: FakeGuest) -> None:
+    fake.refuse["fs_freeze"] = errors.GuestFailed(instance=UUID, reason="the command has been disabled: frozen")
+    with frozen(guest(fake), 5) as told:
+        assert told.describe().startswith("as after a power failure")
+    assert "fs_thaw" not in fake.calls and told.thawed
+
+
 def test_an_agent_that_hangs_for_good_is_told(fake: FakeGuest) -> None:
     fake.refuse["fs_freeze"] = fake.refuse["fs_thaw"] = errors.NotSupported(message="no answer in 5 s")
     with frozen(guest(fake), 5) as told:
