@@ -43,7 +43,7 @@ def instance_of(args: argparse.Namespace) -> Instance:
         config_drive=args.config_drive or bool(args.file),
         hostname=args.hostname,
         kernel_cmdline=args.kernel_cmdline,
-        metadata=dict(_pair("--meta", text) for text in args.meta),
+        metadata=dict(pair("--meta", text) for text in args.meta),
         user_data=_text_file("--user-data", args.user_data) if args.user_data else None,
     )
 
@@ -102,7 +102,7 @@ def vif_of(text: str, whose: str) -> Vif:
 
     Id and mac, where they are left out, follow from ``whose``: the same command repeated is the same command.
     """
-    pairs = dict(_pair("--vif", part) if "=" in part else (part, "true") for part in text.split(",") if part)
+    pairs = dict(pair("--vif", part) if "=" in part else (part, "true") for part in text.split(",") if part)
     unknown = pairs.keys() - _VIF_FIELDS
     if unknown:
         raise UsageError(f"--vif: no {safe(sorted(unknown)[0])!r}; there are {', '.join(sorted(_VIF_FIELDS))}")
@@ -127,7 +127,7 @@ def injected_of(texts: list[str]) -> list[InjectedFile]:
     """``PATH=LOCAL``: the content of a local file for a path in the guest."""
     found = []
     for text in texts:
-        path, local = _pair("--file", text)
+        path, local = pair("--file", text)
         content = base64.b64encode(_bytes_file("--file", local)).decode()
         found.append(_made(InjectedFile, "--file", path=path, content_base64=content))
     if sum(len(f.content_base64) for f in found) > LARGEST_FILE:
@@ -140,7 +140,11 @@ def password_of(path: str | None) -> str | None:
     return _text_file("--admin-password-file", path).split("\n", 1)[0] if path else None
 
 
-def _pair(option: str, text: str) -> tuple[str, str]:
+def pair(option: str, text: str) -> tuple[str, str]:
+    """``NAME=VALUE`` of the option.
+
+    :raises UsageError: it is something else.
+    """
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise UsageError(f"{option} {safe(text)!r}: give NAME=VALUE")

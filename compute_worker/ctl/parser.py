@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compute_worker.ctl import commands, doctor, drain, drainplan, livemoves, movelist, moves, queries
+from compute_worker.ctl import commands, doctor, drain, drainplan, imaging, livemoves, movelist, moves, queries
 from compute_worker.ctl.connect import URL_VARIABLE
 from compute_worker.ctl.context import Ctl
 from compute_worker.ctl.exits import MEANING, Exit
@@ -121,6 +121,35 @@ MOVES: Mapping[str, Subcommand] = {
         opt("--repair", action="store_true", help="remove what nobody needs, where that is safe"))),
 }
 
+PROPERTY = opt("--property", action="append", default=[], metavar="KEY=VALUE", help="of the image (repeatable)")
+STORE = opt("--store", metavar="NAME", help="image store; default: the host's")
+IMAGE: tuple[Option, ...] = (
+    opt("--image", metavar="ID", help="id of the image; default: a new one"),
+    opt("--name", metavar="NAME", help="its name, for people"),
+    STORE,
+    opt("--disk-format", choices=("qcow2", "raw"), help="default: the host's snapshot_format"),
+    opt("--compression", default="none", choices=("none", "zlib", "zstd"), help="of a qcow2 (default: none)"),
+    PROPERTY,
+)
+
+IMAGING: Mapping[str, Subcommand] = {
+    "snapshot": Subcommand(imaging.snapshot, "make an image of an instance's root disk; its guest goes on", (
+        INSTANCE,
+        *IMAGE,
+        opt("--cold", action="store_true", help="with the guest standing still, where a live one is not trusted")),
+        sends=True),
+    "backup": Subcommand(imaging.backup, "a snapshot, after which the oldest backups of its kind go", (
+        INSTANCE,
+        *IMAGE,
+        opt("--type", dest="backup_type", default="daily", metavar="KIND", help="daily (default), weekly, ..."),
+        opt("--rotation", type=int, default=7, metavar="N", help="how many of this kind are kept (default: 7)")),
+        sends=True),
+    "images": Subcommand(imaging.images, "images of the stores, and what each host keeps of them", (
+        STORE,
+        PROPERTY,
+        opt("--cached", action="store_true", help="only what hosts keep"))),
+}
+
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "hosts": Subcommand(queries.hosts, "hosts that answer, with their resources"),
     "boot": Subcommand(commands.boot, "make an instance, where --host says or on the host with most free memory",
@@ -166,6 +195,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         opt("--status", default="completed", choices=("completed", "failed", "in-progress"), help="how it went")),
         sends=True),
     **MOVES,
+    **IMAGING,
 }
 
 
