@@ -7,7 +7,7 @@ import pytest
 from compute_worker import errors
 from compute_worker import moves as moves_module
 from compute_worker.moves import Move, Moves, Side
-from compute_worker.objects import Flavor, ImageMeta, Instance, Migration
+from compute_worker.objects import DiskInfo, Flavor, ImageMeta, Instance, Migration
 from compute_worker.operations.database import Database
 from compute_worker.operations.schema import SCHEMA
 from compute_worker.states import MigrationStatus
@@ -37,6 +37,12 @@ def test_both_sides_of_a_move_in_place_are_two_rows(database):
     assert {m.side for m in moves.list()} == set(Side)
     assert all(m.same_host for m in moves.list())
     assert moves.get(FIRST, Side.SOURCE).other == "a"
+
+
+def test_both_sides_work_on_the_same_files_in_place_and_on_shared_storage():
+    assert move(dest="a").one_directory
+    assert move(disk_info=DiskInfo(shared=True)).one_directory
+    assert not move().one_directory and not move(disk_info=DiskInfo()).one_directory
 
 
 def test_what_is_closed_is_listed_only_when_asked_for(database):
