@@ -118,9 +118,10 @@ def _say(core: Core, run: Run, task: TaskState) -> None:
     core.database.write(write)
 
 
-def _report(name: str, run: Run) -> Result:
-    """What the store has now is the operation's result."""
-    return run.results.get(name, {})
+def _report(name: str, run: Run) -> dict[str, Any]:
+    """The operation's result: what the store has now, and under ``how`` what the driver told of taking it."""
+    told = {**run.results.get(_FREEZE, {}), **run.results.get(_UPLOAD, {})}
+    return {**run.results.get(name, {}), "how": told}
 
 
 def _rotate(core: Core, name: str, run: Run) -> Result:
@@ -140,6 +141,6 @@ def _rotate(core: Core, name: str, run: Run) -> Result:
             deleted.append(old)
     except ComputeError as exc:
         run.explain(f"older backups stay for now: {exc}")
-        return {**run.results.get(name, {}), "deleted": deleted, "rotation_error": exc.message}
+        return {**_report(name, run), "deleted": deleted, "rotation_error": exc.message}
     run.explain(f"{len(found)} backups of this kind, {len(deleted)} beyond {run.args['rotation']} deleted")
-    return {**run.results.get(name, {}), "deleted": deleted}
+    return {**_report(name, run), "deleted": deleted}
