@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a conductor does later: resizes, and emptying a host. It goes on where conductor.py ends.
+"""What a conductor does later: resizes, live migrations, and emptying a host. It goes on where conductor.py ends.
 
     COMPUTE_WORKER_TRANSPORT_URL=rabbit://... examples/mover.py --drain HOST
     examples/mover.py --embedded
@@ -10,7 +10,9 @@ Its rules, beside those of conductor.py:
   workers do the rest, and a destination that refuses or fails passes it on under the same operation uuid.
 - So the end of one host's part is not the end: the move is over when all of the hosts answer and none has an open part.
   A host that passes it on ends its own part after the next one has it, so asking them all decides.
-- A move is decided once, by ``confirm_resize`` or ``revert_resize`` to the host that has the instance now.
+- A running guest goes by ``live_migration`` to its source: the destination is asked before whether it can take it so
+  (``check_can_live_migrate_destination``), and there is nothing to decide afterwards.
+- A cold move is decided once, by ``confirm_resize`` or ``revert_resize`` to the host that has the instance now.
 """
 
 from __future__ import annotations
@@ -36,14 +38,16 @@ from compute_worker import errors
 from compute_worker.objects import Flavor, ImageMeta, Instance, Migration, Operation
 from compute_worker.rpc.client import ComputeAPI
 from compute_worker.rpc.transport import get_transport
-from compute_worker.states import OperationState
+from compute_worker.states import OperationState, VmState
 
 LOOK_SECONDS = 1.0
+RUNNING = (VmState.ACTIVE, VmState.PAUSED)
 
 
 @dataclass
 class Move:
-    """One instance on its way to another host. ``state``: sent, resized, confirming, confirmed, failed."""
+    """One instance on its way to another host. ``state``: sent, resized, confirming, confirmed, failed; of one that
+    moves while it runs: sent, moved, failed."""
 
     instance: Instance
     migration: Migration
@@ -57,7 +61,12 @@ class Move:
     @property
     def settled(self) -> bool:
         """Whether nothing more is to come."""
-        return self.state in ("confirmed", "failed")
+        return self.state in ("confirmed", "moved", "failed")
+
+    @property
+    def live(self) -> bool:
+        """Whether it moves while it runs."""
+        return self.migration.migration_type == "live-migration"
 
 
 class Mover(Conductor):
@@ -92,20 +101,52 @@ class Mover(Conductor):
         self.moves[move.operation] = move
         return move
 
+    def move_live(self, instance: Instance) -> Move | None:
+        """Send one running instance to the best other host that can take it so; ``None``: there is none.
+
+        :raises ComputeError: the source refuses, or does not answer: call it again with the same move.
+        """
+        self._refresh()
+        source = str(instance.host)
+        for host in candidates(self.hosts.values(), instance.flavor, [source]):
+            migration = Migration(
+                uuid=str(uuid.uuid4()), instance=instance.uuid, migration_type="live-migration", source_host=source,
+                dest_host=host,
+            )  # fmt: skip
+            try:
+                self._api.check_can_live_migrate_destination(instance, migration, host=host)
+            except errors.ComputeError as exc:
+                self._say(f"{instance.name}: not live to {host}: {exc}")
+                continue
+            move = Move(instance, migration, str(uuid.uuid4()), host=source)
+            self._send_move(move)
+            self.moves[move.operation] = move
+            return move
+        return None
+
     def _send_move(self, move: Move) -> None:
         """Silence: once more. The same operation is done once, whoever heard the first."""
         for attempt in (1, 2):
             try:
-                self._api.prep_resize(
-                    move.instance, move.migration, host=move.migration.dest_host, operation=move.operation,
-                    expires_at=time.time() + self._expiry,
-                )  # fmt: skip
+                self._send_once(move)
             except errors.PeerUnavailable:
                 if attempt == 2:
                     raise
                 continue
             self._say(f"{move.instance.name}: {move.migration.source_host} -> {move.migration.dest_host} accepted")
             return
+
+    def _send_once(self, move: Move) -> None:
+        migration, expires_at = move.migration, time.time() + self._expiry
+        if move.live:
+            self._api.live_migration(
+                move.instance.uuid, migration, host=migration.source_host, operation=move.operation,
+                expires_at=expires_at,
+            )  # fmt: skip
+        else:
+            self._api.prep_resize(
+                move.instance, migration, host=migration.dest_host, operation=move.operation, expires_at=expires_at
+            )
 
     def run_moves(self, seconds: float) -> bool:
         """Follow until every move is confirmed or has failed, at most ``seconds``. Whether all are."""
@@ -134,7 +175,9 @@ class Mover(Conductor):
 
     def _look(self, move: Move) -> None:
         """Where it is, asked of those who may have it; doing it twice changes nothing."""
-        if move.state == "sent":
+        if move.state == "sent" and move.live:
+            self._look_at_live(move)
+        elif move.state == "sent":
             self._look_at_move(move)
         elif move.state == "confirming":
             confirmed = None
@@ -145,6 +188,21 @@ class Mover(Conductor):
                 self._say(f"{move.instance.name}: confirmed on {move.host}")
         if move.state == "resized":
             self._confirm(move)
+
+    def _look_at_live(self, move: Move) -> None:
+        """The source decides, when the destination has told it what it has."""
+        part = None
+        with contextlib.suppress(errors.ComputeError):
+            part = self._part(move.operation, move.migration.source_host)
+        if part is None or not part.state.final:
+            return
+        if part.state is OperationState.DONE:
+            move.state, move.host = "moved", move.migration.dest_host
+            milliseconds = float(part.result.get("downtime", 0.0)) * 1000
+            self._say(f"{move.instance.name}: runs on {move.host}, stood still for {milliseconds:.0f} ms")
+        else:
+            move.state, move.error = "failed", str((part.error or {}).get("message"))
+            self._say(f"{move.instance.name}: runs on on {move.host}: {move.error}")
 
     def _look_at_move(self, move: Move) -> None:
         hosts = [move.migration.dest_host, *move.migration.alternates]
@@ -185,7 +243,8 @@ class Mover(Conductor):
     # --- a whole host -------------------------------------------------------------------------------------------------
 
     def drain(self, host: str, at_once: int = 2, seconds: float = 600.0) -> list[str]:
-        """Move everything off ``host``, some at once. Returns what stays, with the reason."""
+        """Move everything off ``host``, some at once; what runs while it runs, where a host can take it so. What
+        stays is returned, with the reason."""
         self._api.disable_host("being drained", host=host)
         waiting = self._api.list_instances(host=host)
         stays: list[str] = []
@@ -193,11 +252,13 @@ class Mover(Conductor):
             batch, waiting = waiting[:at_once], waiting[at_once:]
             for instance in batch:
                 try:
-                    self.move(instance)
+                    if instance.vm_state not in RUNNING or self.move_live(instance) is None:
+                        self.move(instance)
                 except (errors.ComputeError, RuntimeError) as exc:
                     stays.append(f"{instance.name}: {exc}")
             self.run_moves(seconds)
-        stays += [f"{m.instance.name}: {m.error or m.state}" for m in self.moves.values() if m.state != "confirmed"]
+        gone = ("confirmed", "moved")
+        stays += [f"{m.instance.name}: {m.error or m.state}" for m in self.moves.values() if m.state not in gone]
         return stays
 
 

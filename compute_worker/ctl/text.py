@@ -77,8 +77,8 @@ def progress_line(progress: Progress | None) -> str:
 
 
 _LIVE: Mapping[str, Callable[[float], str]] = {
-    "iteration": lambda count: f"pass {count:.0f} over its memory",
-    "memory_remaining": lambda size: f"{amount(size)} of memory left",
+    "iteration": lambda count: f"pass {count:.0f} over its memory" if count else "",
+    "memory_remaining": lambda size: f"{amount(size)} of memory left" if size else "",
     "disk_remaining": lambda size: f"{amount(size)} of disks left" if size else "",
     "memory_dirty_rate": lambda rate: f"it writes {amount(rate)}/s" if rate else "",
     "throttle": lambda percent: f"slowed down by {percent:.0f} %" if percent else "",

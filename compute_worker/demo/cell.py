@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from compute_worker.ctl.connect import Client
-from compute_worker.objects import ImageMeta
+from compute_worker.objects import ImageMeta, Instance
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,20 @@ class DemoCell(Protocol):
 
         :raises AssertionError: a disk has a defect, or they differ.
         """
+
+    @property
+    def strict(self) -> Mapping[str, int | float | str]:
+        """Options of ``[live_migration]`` by which a guest that does not converge is soon made to."""
+
+    def policy(self, host: str, live: Mapping[str, int | float | str]) -> None:
+        """Let ``host`` have these options of ``[live_migration]``, and its own for the rest."""
+
+    def busy(self, instance: Instance) -> Instance:
+        """A guest, not booted yet, as one that writes its memory faster than :attr:`strict` lets it be sent."""
+
+    def hear(self, instance: str) -> Sequence[str]:
+        """What each of its consoles on any host said, in the order in which they were first heard; called again and
+        again it goes on with those that were removed meanwhile."""
 
     def leftovers(self) -> list[str]:
         """What is on the hosts of any instance, seen from outside: guests, domains, files, interfaces."""

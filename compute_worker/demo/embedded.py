@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from compute_worker.ctl.connect import Client
 from compute_worker.ctl.text import amount
 from compute_worker.demo.cell import Guest
 from compute_worker.embedded import EmbeddedCell
-from compute_worker.objects import ImageMeta
+from compute_worker.objects import ImageMeta, Instance
 from compute_worker.states import PowerState
 from compute_worker.virt.fake import FakeDriver
 from compute_worker.virt.simulated.faults import Stall
@@ -26,6 +27,8 @@ HOSTS = ("node1", "node2")
 LATENCY_SECONDS = 0.02
 SHUTDOWN_SECONDS = 0.3
 DOWNLOAD_RATE = 256 * 1024
+LINK_RATE = float(128 << 20)
+"""Bytes a second that guests move with."""
 IMAGE_BYTES = 64 * 1024
 DISK_BYTES = 96 << 20
 NOISE_BYTES = 64 * 1024
@@ -49,12 +52,19 @@ class EmbeddedDemo:
         patience=PATIENCE_SECONDS,
         still=0.3,
     )
+    strict: Mapping[str, int | float | str] = {
+        "bandwidth_mb": 128,
+        "max_downtime_ms": 100,
+        "completion_timeout": 0.75,
+        "timeout_action": "force_complete",
+    }
     kernel_image = ImageMeta(id="guest.qcow2", disk_format="qcow2", kernel_id="vmlinuz", ramdisk_id="initrd")
     disk_image = ImageMeta(id="boot.qcow2", disk_format="qcow2")
 
     def __init__(self, cell: EmbeddedCell) -> None:
         self._cell = cell
         self._stall: Stall | None = None
+        self._heard: dict[str, list[str]] = {}
         self._hosts: dict[str, SimulatedHost] = {}
         for name in HOSTS:
             self._tune(name)
@@ -66,6 +76,7 @@ class EmbeddedDemo:
         assert isinstance(driver, FakeDriver)
         host = self._hosts[name] = driver.simulated
         host.shutdown_seconds, host.rate = SHUTDOWN_SECONDS, DOWNLOAD_RATE
+        host.link_rate = LINK_RATE
 
     def arm(self, host: str, instance: str) -> None:
         """The build will hang in a step until its worker dies."""
@@ -110,6 +121,29 @@ class EmbeddedDemo:
         after = self._hosts[dest].read_disk(instance)
         assert before == after, f"the disk on {dest} is another than the one that {source} has set aside"
         return f"{amount(len(after))} are the same"
+
+    def policy(self, host: str, live: Mapping[str, int | float | str]) -> None:
+        """At once."""
+        driver = self._cell.workers[host].manager.core.driver
+        assert isinstance(driver, FakeDriver)
+        options = dataclasses.replace(driver._settings.live_migration, **live)  # type: ignore[arg-type]
+        driver._settings = dataclasses.replace(driver._settings, live_migration=options)
+        self._hosts[host].link_rate = float(options.bandwidth_mb << 20) or LINK_RATE
+
+    def busy(self, instance: Instance) -> Instance:
+        """All guests are, from now on."""
+        for host in self._hosts.values():
+            host.dirty_rate = 2 * LINK_RATE
+        return instance
+
+    def hear(self, instance: str) -> Sequence[str]:
+        """What it would print now, added to what it did."""
+        said = self._heard.setdefault(instance, [])
+        for host in self._hosts.values():
+            domain = host.domain(instance)
+            if domain is not None and domain.memory is not None and domain.power is PowerState.RUNNING:
+                said.append(f"tick {domain.memory.now()}\n")
+        return ["".join(said)]
 
     def leftovers(self) -> list[str]:
         """What the simulated machines hold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from compute_worker.ctl.queries import condition, used
-from compute_worker.demo import imaging, moving
+from compute_worker.demo import imaging, living, moving
 from compute_worker.demo.stage import FIRST, SECOND, THIRD, Scene, Stage
 from compute_worker.states import OperationState
 
@@ -145,6 +145,7 @@ SCENES = (
     Scene("pause and unpause", pause),
     Scene("suspend and resume", suspend),
     *moving.SCENES,
+    *living.SCENES,
     *imaging.SCENES,
     Scene("kill -9 of the worker in the middle of a build", kill_worker),
     Scene("delete", delete),

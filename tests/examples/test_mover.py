@@ -110,6 +110,33 @@ def test_a_host_is_emptied(cell: CtlCell, on: Any) -> None:
     assert not cell.api.get_host_state(host=A).enabled
 
 
+def test_a_running_guest_moves_while_it_runs(cell: CtlCell, on: Any) -> None:
+    instance = booted(cell)
+    token = cell.simulated(A).guest_memory(instance.uuid)[0]
+    move = on.move_live(instance)
+    assert on.run_moves(30) and (move.state, move.live) == ("moved", True)
+    assert move.host in (B, C) and cell.simulated(move.host).guest_memory(instance.uuid)[0] == token
+
+
+def test_one_that_nobody_can_take_live_leaves_its_host_cold(cell: CtlCell, on: Any) -> None:
+    instance = booted(cell)
+    for host in (B, C):
+        cell.simulated(host).cpu_model = "another"
+    assert on.move_live(instance) is None
+    assert on.drain(A, seconds=30) == []
+    assert [m.state for m in on.moves.values()] == ["confirmed"]
+
+
+def test_one_that_fails_on_its_way_runs_on(cell: CtlCell, on: Any) -> None:
+    instance = booted(cell)
+    for host in (B, C):
+        cell.simulated(host).faults.fail("receive", errors.DiskFull(path="instances"), times=None, uuid=instance.uuid)
+    move = on.move_live(instance)
+    assert on.run_moves(30)
+    assert (move.state, move.host) == ("failed", A) and "no space left" in move.error
+    assert cell.simulated(A).running(instance.uuid)
+
+
 def test_nowhere_to_go(cell: CtlCell, on: Any) -> None:
     instance = booted(cell)
     for host in (B, C):

@@ -12,8 +12,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TextIO
+
+import msgspec
 
 from compute_worker.threads import use_threads
 from tests.lab import oracle
@@ -34,7 +37,7 @@ from compute_worker.ctl.text import amount  # noqa: E402
 from compute_worker.demo.cell import Guest  # noqa: E402
 from compute_worker.demo.scenario import SCENES  # noqa: E402
 from compute_worker.demo.stage import Stage, play  # noqa: E402
-from compute_worker.objects import ImageMeta  # noqa: E402
+from compute_worker.objects import ImageMeta, Instance  # noqa: E402
 from compute_worker.rpc.client import ComputeAPI  # noqa: E402
 from compute_worker.rpc.transport import get_transport  # noqa: E402
 from compute_worker.states import OperationState  # noqa: E402
@@ -42,13 +45,15 @@ from compute_worker.states import OperationState  # noqa: E402
 CANNOT = 3
 MIB = 1 << 20
 BANDWIDTH_MB, NOISE_MIB, NOISE_AT = 48, 64, 200 * MIB
+DIRTY_MIB = 16
 PRECOPY = {"node1": "never", "node2": "auto"}
 """By host: the same guest leaves one of them cold and the other one warm."""
 
 
 def config(host: str) -> Config:
     transfer = {"resize_precopy": PRECOPY[host], "bandwidth_mb": BANDWIDTH_MB}
-    return {"images": {"file_path": IMAGES_PATH}, "transfer": transfer}
+    live = {"bandwidth_mb": BANDWIDTH_MB}
+    return {"images": {"file_path": IMAGES_PATH}, "transfer": transfer, "live_migration": live}
 
 
 class RealDemo:
@@ -58,6 +63,12 @@ class RealDemo:
     killing = "the worker was killed by SIGKILL"
     sends_ahead = frozenset(name for name, mode in PRECOPY.items() if mode == "auto")
     line = f"disks go by TLS, {BANDWIDTH_MB} MiB/s at most"
+    strict: Mapping[str, int | float | str] = {
+        "bandwidth_mb": 10,
+        "max_downtime_ms": 300,
+        "completion_timeout": 3.0,
+        "timeout_action": "force_complete",
+    }
     guest = Guest(
         boot=r"LAB: BOOT OK boots=\d+",
         tick=r"LAB: tick (\d+) up=",
@@ -72,6 +83,7 @@ class RealDemo:
         self._cell = cell
         self._ticks: dict[int, int] = {}
         self._seen = 0
+        self._heard: dict[str, dict[int, TextIO]] = {}
         self.client = client
         self.hosts = list(cell.nodes)
         self.kernel_image = ImageMeta(
@@ -151,6 +163,33 @@ class RealDemo:
         """Of an instance's disks by name, as the host wrote it beside them."""
         info = json.loads((self._cell[host].instances / directory / "disk.info").read_text())
         return {disk["name"]: disk["format"] for disk in info["disks"]}
+
+    def policy(self, host: str, live: Mapping[str, int | float | str]) -> None:
+        """In its configuration; it is started anew."""
+        self._cell.write_config(host, config(host), {"live_migration": live})
+        self._worker(host).restart()
+        self._worker(host).wait_ready()
+        wait_for(lambda: self.client.api.get_host_state(host=host).vcpus.total, 30.0, f"the hypervisor of {host}")
+
+    def busy(self, instance: Instance) -> Instance:
+        """It rewrites a sixth of its memory for ever."""
+        return msgspec.structs.replace(instance, kernel_cmdline=f"quiet lab.dirty={DIRTY_MIB}")
+
+    def hear(self, instance: str) -> Sequence[str]:
+        """Files are held open: what is removed can still be read, and no other file gets its number."""
+        held = self._heard.setdefault(instance, {})
+        for node in self._cell.nodes.values():
+            path = node.instances / instance / "console.log"
+            try:
+                number = path.stat().st_ino
+                if number not in held:
+                    held[number] = path.open(errors="replace")
+            except OSError:
+                # Not there, or just removed.
+                continue
+        for file in held.values():
+            file.seek(0)
+        return [file.read() for file in held.values()]
 
     def leftovers(self) -> list[str]:
         """What the oracle sees on the hosts."""
