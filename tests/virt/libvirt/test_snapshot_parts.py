@@ -14,7 +14,7 @@ import pytest
 from compute_worker import errors
 from compute_worker.states import PowerState
 from compute_worker.virt.libvirt import snapshot_point
-from compute_worker.virt.libvirt.snapshot import live
+from compute_worker.virt.libvirt.snapshot import live, record
 from tests.virt.jobs import RecordingJob
 from tests.virt.libvirt.snapshot.fakeguest import Died, qemu
 from tests.virt.libvirt.snapshot.support import MIB, SIZE, UUID, Bench
@@ -326,6 +326,32 @@ def test_the_worker_dies_after_any_call(make: Make, ending: str, live_: bool, se
         assert bench.guest.power is PowerState.RUNNING
         die_at += 1
     assert die_at > 3
+
+
+@pytest.mark.parametrize("ending", ["goes on", "is undone"])
+@pytest.mark.parametrize("call", ["create", "write", "publish", "keep", "keep_last"])
+def test_the_worker_dies_after_a_word_of_the_store_or_a_record(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, call: str, ending: str
+) -> None:
+    owner: Any = record if call.startswith("keep") else bench.deeds.disks.stores.get()
+    real, wanted, begun = getattr(owner, call), bench.flat(), 0
+
+    def last(*words: Any, **options: Any) -> Any:
+        real(*words, **options)
+        raise Died
+
+    with monkeypatch.context() as dying, pytest.raises(Died):
+        dying.setattr(owner, call, last)
+        for part in bench.parts():
+            begun += 1
+            part.do(bench.job)
+    if ending == "goes on":
+        run(bench.parts()[begun - 1 :], bench.job)
+        assert bench.flat(bench.images / "snap1") == wanted
+        bench.assert_clean("snap1", checkpoints=1)
+    else:
+        bench.undo(begun)
+        bench.assert_clean()
 
 
 def test_cancelled_while_it_is_read(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from compute_worker.virt.libvirt.transfer.extents import Extent
 from compute_worker.virt.libvirt.transfer.nbd import Connection, NbdError
 
 PIECE = 2 << 20
-STREAMS = 3
+STREAMS = 2
 AHEAD = 8
 """Pieces that are read or wait for the store: 16 MiB in memory, whatever the disk's size."""
 
