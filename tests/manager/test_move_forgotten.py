@@ -35,17 +35,26 @@ def forgotten(cell: Cell, told: bool = True) -> None:
     cell.boot()
     cell.resized()
     cell.quiet()
-    destination = cell[DESTINATION]
     if not told:
         cell.net.mishaps["get_migration"] = Mishap("lose", 10**6)
+    lose_journal(cell)
+    if told:
+        heard_again(cell)
+
+
+def lose_journal(cell: Cell) -> None:
+    destination = cell[DESTINATION]
     destination.kill()
     for file in Path(destination.settings.compute.state_path).glob("journal.sqlite*"):
         file.unlink()
     destination.restart()
-    if told:
-        wait_for(destination.worker.core.moves.list, what="the destination to know of the move again")
-        record = destination.instance(UUID)
-        assert (record.vm_state, record.migration, record.task_state) == (VmState.RESIZED, MIGRATION, None)
+
+
+def heard_again(cell: Cell) -> None:
+    destination = cell[DESTINATION]
+    wait_for(destination.worker.core.moves.list, what="the destination to know of the move again")
+    record = destination.instance(UUID)
+    assert (record.vm_state, record.migration, record.task_state) == (VmState.RESIZED, MIGRATION, None)
 
 
 def one_copy(cell: Cell, owner: str) -> None:
@@ -87,6 +96,21 @@ def test_the_source_need_not_have_told_it_yet(cell):
     wait_for(lambda: cell.leftovers(SOURCE) == set(), what="the copy to go")
     cell.quiet()
     one_copy(cell, DESTINATION)
+
+
+def test_the_source_had_not_heard_how_it_ended(cell):
+    cell.boot()
+    cell[SOURCE].die_at = ("resize_instance", "await_outcome", "do", "before_do")
+    cell.resize()
+    wait_for(cell[SOURCE].dead.is_set, what="the source to die")
+    assert cell.outcome(DESTINATION).state is DONE
+    lose_journal(cell)
+    cell[SOURCE].restart()
+    assert cell.outcome(SOURCE).state is DONE
+    heard_again(cell)
+    assert cell[DESTINATION].do("revert_resize", UUID, MIGRATION).state is DONE
+    cell.quiet()
+    one_copy(cell, SOURCE)
 
 
 def test_a_stranger_is_not_remembered(cell):
