@@ -27,6 +27,7 @@ from compute_worker.rpc import wire
 from compute_worker.rpc.dispatcher import Dispatcher
 from compute_worker.rpc.lanes import Lanes
 from compute_worker.rpc.listener import AcceptingListener
+from compute_worker.rpc.replies import Replies
 
 LOG = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class WorkerServer:
         self._dispatcher = Dispatcher(endpoints, rpc.max_message_bytes)
         self._commands = Lanes(rpc.threads, "rpc-command")
         self._queries = Lanes(rpc.max_waiting_queries + rpc.threads, "rpc-query")
+        self._replies = Replies(transport, rpc.threads)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._listener: AcceptingListener | None = None
@@ -126,7 +128,7 @@ class WorkerServer:
         ended = self.stop_consuming(timeout)
         for lanes in (self._commands, self._queries):
             ended = lanes.stop(max(0.0, deadline - time.monotonic())) and ended
-        return ended
+        return self._replies.stop(max(0.1, deadline - time.monotonic())) and ended
 
     def _take_up(self, message_id: str, body: bytes) -> None:
         try:
@@ -206,15 +208,9 @@ class WorkerServer:
             except Exception as exc:
                 self._log(method, exc)
                 sent = wire.sendable(exc, self._host, method, context.request_id)
-                self._reply(incoming, failure=(type(sent), sent, None))
+                self._replies.send_alone(incoming, failure=(type(sent), sent, None))
             else:
-                self._reply(incoming, reply=result)
-
-    def _reply(self, incoming: Any, **answer: Any) -> None:
-        try:
-            incoming.reply(**answer)
-        except Exception as exc:
-            LOG.warning("the answer to message %s could not be sent: %s", incoming.msg_id, exc)
+                self._replies.send(incoming, result)
 
     def _accept(self, cast: _Cast) -> float | None:
         envelope = {key[9:]: value for key, value in cast.raw.items() if key.startswith("_context_")}

@@ -6,6 +6,7 @@ argument and the field, and nothing was touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -101,8 +102,21 @@ def _invalid(method: str, problem: str, argument: str = "") -> errors.InvalidCom
     return errors.InvalidCommand(method=method, problem=problem, argument=argument)
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False, check_circular=False)
+_SUSPECT = re.compile(r"\\u[dD]|\d{19}")
+"""In JSON's ASCII: half a surrogate pair, or a number that may have more than 64 bits."""
+
+
 def unacceptable(value: Any) -> str | None:
     """What JSON lets through and nothing behind us can store, in words; ``None``: all fine."""
+    # Nearly every message is fine: its text says so, which is faster than to look at each of its values.
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        if not _SUSPECT.search(_ENCODER.encode(value)):
+            return None
+    return _fault_in(value)
+
+
+def _fault_in(value: Any) -> str | None:
     todo: list[Iterable[Any]] = [[value]]
     while todo:
         for item in todo.pop():

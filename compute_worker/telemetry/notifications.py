@@ -21,7 +21,7 @@ import amqp
 import msgspec
 
 from compute_worker.objects import HostState, Object, Progress
-from compute_worker.telemetry.pipeline import Pipeline
+from compute_worker.rpc.pipeline import Pipeline
 
 VERSION = "1.0"
 """Version of the payload. The minor part grows with every compatible change."""

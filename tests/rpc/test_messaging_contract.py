@@ -111,3 +111,15 @@ def test_eventlet_stays_out() -> None:
     import sys
 
     assert sys.modules.get("eventlet") is None
+
+
+def test_answers_can_be_sent_beside_it() -> None:
+    """``rpc.replies`` writes what ``_send_reply`` writes, on a connection of its kind."""
+    incoming = inspect.signature(amqpdriver.AMQPIncomingMessage.__init__).parameters
+    assert {"msg_id", "reply_q"} <= set(incoming)
+    source = inspect.getsource(amqpdriver.AMQPIncomingMessage._send_reply)
+    assert "{'result': reply, 'failure': failure, 'ending': ending," in source and "'_msg_id': self.msg_id}" in source
+    made = inspect.getsource(impl_rabbit.Connection.__init__)
+    assert "self._connection_lock" in made and "self.direct_mandatory_flag" in made
+    assert "name=''" in inspect.getsource(impl_rabbit.Connection.direct_send), "the default exchange carries them"
+    assert parameters(impl_rabbit.Connection._transport_socket_timeout) == ["timeout"]

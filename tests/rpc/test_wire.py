@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -85,6 +86,37 @@ def test_garbage_is_decoded_or_refused(args: dict[str, Any]) -> None:
         json.dumps(exc.to_dict())
     else:
         assert decoded.keys() <= {"instance", "flavor", "count"}
+
+
+def nested(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("\ud800", "unicode"),
+        ("\udfff\ud83d", "unicode"),
+        ({"\ude00": 1}, "unicode"),
+        (float("nan"), "finite"),
+        (-float("inf"), "finite"),
+        (1 << 63, "64 bits"),
+        (-(1 << 63) - 1, "64 bits"),
+        (nested(1 << 63, 5000), "64 bits"),
+        (nested(1, 5000), None),
+        ((1 << 63) - 1, None),
+        (-(1 << 63), None),
+        ("9" * 30, None),
+        ("\U0001f600 \ud7ff \ue000", None),
+        ("\\ud800", None),
+    ],
+    ids=itertools.count(),
+)
+def test_what_cannot_be_stored_is_named(value: Any, problem: str | None) -> None:
+    found = wire.unacceptable({"a": [value]})
+    assert found is None if problem is None else problem in (found or "")
 
 
 @given(ANY_JSON)
