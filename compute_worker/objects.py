@@ -22,6 +22,8 @@ ID_PATTERN = r"^(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
 MAC_PATTERN = r"^([0-9a-f]{2}:){5}[0-9a-f]{2}\Z"
 DEVICE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,14}\Z"
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*\Z"
+ORIGIN = "compute_worker_operation"
+"""Property of an image: the operation that made it. Only that operation's undo may remove it."""
 
 Uuid = Annotated[str, Meta(pattern=UUID_PATTERN, description="lower-case uuid with dashes")]
 HostName = Annotated[str, Meta(pattern=HOST_PATTERN, description="name a worker listens as")]

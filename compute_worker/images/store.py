@@ -18,16 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from compute_worker import errors
-from compute_worker.objects import ID_PATTERN, ImageMeta, StoredImage
+from compute_worker.objects import ID_PATTERN, ORIGIN, ImageMeta, StoredImage
 
 if TYPE_CHECKING:
     from compute_worker.config import Images
     from compute_worker.virt.driver import Job
 
+__all__ = [
+    "CHUNK_BYTES",
+    "NAMESPACE",
+    "ORIGIN",
+    "Hole",
+    "ImageFacts",
+    "ImageStore",
+    "ImageStores",
+    "Opened",
+    "Piece",
+    "flat",
+]
 NAMESPACE = "compute_worker.image_stores"
 CHUNK_BYTES = 1 << 20
-ORIGIN = "compute_worker_operation"
-"""Property of an image: the operation that made it. Only that operation's undo may remove it."""
 _ID = re.compile(ID_PATTERN)
 
 

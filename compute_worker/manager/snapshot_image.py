@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compute_worker import errors
-from compute_worker.images.store import ORIGIN
-from compute_worker.objects import ImageMeta, Instance, SnapshotOptions, StoredImage
+from compute_worker.objects import ORIGIN, ImageMeta, Instance, SnapshotOptions, StoredImage
 
 INSTANCE = "instance_uuid"
 BASE = "base_image_ref"

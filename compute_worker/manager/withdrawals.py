@@ -9,9 +9,8 @@ import threading
 import msgspec
 
 from compute_worker.errors import ComputeError, Retryable
-from compute_worker.images.store import ORIGIN
 from compute_worker.manager.core import Core
-from compute_worker.objects import ImageMeta
+from compute_worker.objects import ORIGIN, ImageMeta
 from compute_worker.operations.database import Closed, Tx
 
 LOG = logging.getLogger(__name__)
