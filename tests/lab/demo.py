@@ -74,7 +74,7 @@ class RealDemo:
         tick=r"LAB: tick (\d+) up=",
         clean=r"LAB: CLEAN SHUTDOWN",
         memory_mb=MEMORY_MIB,
-        patience=60.0,
+        patience=120.0,
         still=2.5,
         keeps_count=True,
     )
