@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from compute_worker.virt.libvirt.snapshot.served import Served, node
 from compute_worker.virt.libvirt.snapshot_point import Points, is_of, origin_of
 from compute_worker.virt.libvirt.spawn import make_part
 
+LOG = logging.getLogger(__name__)
 _FOR_EVER = float("inf")
 """What we serve to ourselves ends with us."""
 _GIB = 1 << 30
@@ -141,19 +144,32 @@ class Snapshots:
         self, uuid: str, request: SnapshotRequest, held: Held, open_: ExitStack
     ) -> tuple[Still, Callable[[], Reader], Callable[[], None]]:
         disk = self._points.live_disk(uuid, held)
-        last = record.last(self._points.directory(uuid))
-        parent = last if held.since and last is not None and last.image == held.parent else None
-        if parent is not None and not self._points.is_as_published(parent, request):
-            parent = None
-        still = disk.look(held.since if parent is not None else "")
-        path = self._points.store(request).local_path(held.parent) if parent is not None else None
-        if parent is None or path is None or still.dirty is None:
+        below = self._parent(uuid, request, held, open_)
+        still = disk.look(held.since if below is not None else "")
+        if below is None or still.dirty is None:
             return still, disk.connect, disk.check_room
-        below = open_.enter_context(self._serve("parent", node(path, parent.disk_format), uuid))
-        if below.look().size != still.size:
-            return still, disk.connect, disk.check_room
+        parent, size = below
+        if size != still.size:
+            return replace(still, dirty=None), disk.connect, disk.check_room
         dirty = still.dirty
-        return still, lambda: Merged(disk.connect(), below.connect(), dirty), disk.check_room
+        return still, lambda: Merged(disk.connect(), parent.connect(), dirty), disk.check_room
+
+    def _parent(
+        self, uuid: str, request: SnapshotRequest, held: Held, open_: ExitStack
+    ) -> tuple[Served, int] | None:
+        """The image that this one builds on, and the size of its disk; ``None``: none, or it went away meanwhile."""
+        last = record.last(self._points.directory(uuid))
+        if not held.since or last is None or last.image != held.parent:
+            return None
+        path = self._points.published_path(last, request)
+        if path is None:
+            return None
+        served = open_.enter_context(self._serve("parent", node(path, last.disk_format), uuid))
+        try:
+            return served, served.look().size
+        except Unreadable as exc:
+            LOG.warning("instance %s: image %s, which the next one was to build on: %s", uuid, last.image, exc)
+            return None
 
     def _cold(
         self, uuid: str, root: Disk, open_: ExitStack

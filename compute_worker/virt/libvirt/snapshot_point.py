@@ -150,20 +150,20 @@ class Points:
             compressed=request.compression != "none" and request.image.disk_format == "qcow2",
             last=last is not None,
             held=last is not None and bool(last.token) and last.token in guest.checkpoints(),
-            there=last is not None and self.is_as_published(last, request),
+            there=last is not None and self.published_path(last, request) is not None,
         )
         builds, why = builds_on_last(facts)
         return (last if builds else None), why
 
-    def is_as_published(self, last: Last, request: SnapshotRequest) -> bool:
-        """Whether the image is a file of this host, in the store of ``request``, and unchanged."""
+    def published_path(self, last: Last, request: SnapshotRequest) -> Path | None:
+        """The image as a file of this host, when it is in the store of ``request`` and unchanged."""
         store = self.store(request)
         if store.name != last.store or not last.validator:
-            return False
+            return None
         try:
-            return store.local_path(last.image) is not None and store.stat(last.image).validator == last.validator
+            return store.local_path(last.image) if store.stat(last.image).validator == last.validator else None
         except errors.ComputeError:
-            return False
+            return None
 
     def finish(self, uuid: str, held: Held) -> None:
         """The disk has been read: the hypervisor keeps nothing any more, the guest is on if it was."""

@@ -142,6 +142,30 @@ def test_an_image_of_a_guest_that_is_off_ends_the_chain(bench: Bench) -> None:
     assert bench.said("does not have the last image's checkpoint")
 
 
+def _other_size(bench: Bench) -> None:
+    qemu("qemu-img", "resize", "--shrink", "-f", "qcow2", bench.images / "snap1", SIZE - 512)
+
+
+def _no_qcow2(bench: Bench) -> None:
+    (bench.images / "snap1").write_bytes(b"nothing of the kind")
+
+
+@pytest.mark.parametrize("spoil", [_other_size, _no_qcow2])
+def test_a_parent_that_is_none_and_looks_as_it_was(
+    bench: Bench, spoil: Callable[[Bench], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.snap(1)
+    bench.guest.writes("write -P 7 30M 128k")
+    wanted = bench.flat()
+    monkeypatch.setattr(snapshot_point.Points, "published_path", lambda *_: bench.images / "snap1")
+    run(bench.parts(2)[:2], bench.job)
+    spoil(bench)
+    told = bench.parts(2)[2].do(bench.job)
+    assert told is not None and told["read_bytes"] > 3 * MIB
+    bench.parts(2)[3].do(bench.job)
+    assert bench.flat(bench.images / "snap2") == wanted
+
+
 @pytest.mark.parametrize(("option", "compression", "why"), [
     ({"snapshot_incremental": False}, "none", "snapshot_incremental is off"),
     ({}, "zstd", "a compressed image is made from the whole disk"),
