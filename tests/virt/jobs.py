@@ -15,6 +15,7 @@ class RecordingJob:
 
     def __init__(self, cancel_at: int | None = None) -> None:
         self.reports: list[tuple[str, int | None, int | None]] = []
+        self.details: list[dict[str, float | int | str]] = []
         self.reasons: list[str] = []
         self.looks = 0
         self._cancel_at = cancel_at
@@ -26,6 +27,7 @@ class RecordingJob:
         self, phase: str, done_bytes: int | None = None, total_bytes: int | None = None, **detail: float | int | str
     ) -> None:
         self.reports.append((phase, done_bytes, total_bytes))
+        self.details.append(detail)
 
     def check(self) -> None:
         self.looks += 1

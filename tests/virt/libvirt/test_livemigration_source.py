@@ -103,6 +103,24 @@ def test_joined(scene: Scene) -> None:
     assert not raised and scene.guest.migrated is None and "joined" in job.reasons[0]
 
 
+@pytest.mark.parametrize("how", ["seen to arrive", "joined", "found arrived"])
+def test_the_measured_downtime_is_told(scene: Scene, how: str) -> None:
+    job = RecordingJob()
+    if how != "seen to arrive":
+        scene.begun()
+    if how == "joined":
+        scene.guest.take_off()
+    if how == "found arrived":
+        scene.guest.land(GONE)
+    thread, raised = scene.go(job)
+    if how != "found arrived":
+        wait_for(lambda: "running" in [d.get("status") for d in job.details], what="a report")
+        scene.guest.land(GONE)
+    thread.join(10)
+    assert not raised
+    assert job.details[-1] == {"status": "completed", "memory_processed": 5 << 20, "elapsed": 1.0, "downtime": 0.05}
+
+
 def test_what_has_failed_is_not_begun_anew(scene: Scene) -> None:
     """The disks at the destination have been written to."""
     scene.begun()
