@@ -66,6 +66,12 @@ def backed_up(machine: Machine) -> None:
         assert machine.do("backup_instance", UUID, f"backup-{number}", "daily", 2).state is OperationState.DONE
 
 
+def dropping_store(machine: Machine) -> None:
+    """The connection to the store breaks twice while the image is sent."""
+    boot(machine)
+    machine.host.faults.fail("upload", errors.ImageStoreUnavailable(store="simulated", reason="injected"), times=2)
+
+
 def silent_store(machine: Machine) -> None:
     """The upload breaks, and the store is then deaf to being told to forget the image, twice."""
     boot(machine)
@@ -133,6 +139,7 @@ SCENES = [
     ),
     Scene("snapshot", "snapshot_instance", boot, snapshot, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0, "kill": 0}),
     Scene("snapshot-store-silent", "snapshot_instance", silent_store, snapshot, _U, _V.ACTIVE, _P.RUNNING, {"boot": 0}),
+    Scene("snapshot-again", "snapshot_instance", dropping_store, snapshot, _D, _V.ACTIVE, _P.RUNNING, {"boot": 0}),
     Scene("snapshot-paused", "snapshot_instance", after("pause_instance"), snapshot, _D, _V.PAUSED, _P.PAUSED),
     *(
         Scene(f"snapshot-fails-in-{c}", "snapshot_instance", boot, snapshot, _U, _V.ACTIVE, _P.RUNNING, {"boot": 0}, c)
