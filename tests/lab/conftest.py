@@ -15,7 +15,7 @@ from tests.lab.node import Node
 from tests.lab.requirements import missing
 
 LOGS_VARIABLE = "LAB_LOGS"
-pytest.register_assert_rewrite("tests.lab.killcell", "tests.lab.movecell")
+pytest.register_assert_rewrite("tests.lab.killcell", "tests.lab.livecell", "tests.lab.movecell")
 
 IN_MAKE_TEST = frozenset({
     "test_lab.py::test_up_in_seconds_and_down_leaves_nothing",
@@ -30,6 +30,7 @@ IN_MAKE_TEST = frozenset({
     "test_kill_real.py::test_qemu_killed",
     "test_kill_real.py::test_rabbitmq_stopped[0.0]",
     "test_kill_real.py::test_host_power_failure",
+    "test_live_killed.py::test_worker_killed_in_flight[node2]",
 })
 """One real cell for each class of fault: what `make test` runs. The others are `lab_full`, for `make lab`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tests.waiting import wait_for
 
 DROP_TABLE = "inet lab_drop"
 LOSS_TABLE = "inet lab_loss"
+MUTE_TABLE = "inet lab_mute"
 
 
 def set_link(node: Node, up: bool) -> None:
@@ -51,6 +52,18 @@ def ports_dropped(node: Node, *ports: int) -> Iterator[None]:
         clear_drops(node)
 
 
+@contextmanager
+def muted(node: Node, *ports: int) -> Iterator[None]:
+    """What the host sends from or to these TCP ports is dropped; what is sent to it arrives."""
+    listed = ", ".join(str(port) for port in ports)
+    rules = [f"tcp {end} {{ {listed} }} drop" for end in ("dport", "sport")]
+    _set_table(node, MUTE_TABLE, rules, {"output": "oifname"})
+    try:
+        yield
+    finally:
+        _delete_table(node, MUTE_TABLE)
+
+
 def set_loss(node: Node, percent: int) -> None:
     """Lose this share of the host's packets, both ways; 0 ends it."""
     if percent:
@@ -67,10 +80,13 @@ def set_rate(node: Node, kilobits: int) -> None:
                  "burst", "32kb", "latency", "400ms")
 
 
-def _set_table(node: Node, table: str, rules: Sequence[str]) -> None:
+_BOTH_WAYS = {"input": "iifname", "output": "oifname"}
+
+
+def _set_table(node: Node, table: str, rules: Sequence[str], hooks: Mapping[str, str] = _BOTH_WAYS) -> None:
     _delete_table(node, table)
     chains = []
-    for hook, direction in (("input", "iifname"), ("output", "oifname")):
+    for hook, direction in hooks.items():
         body = "; ".join(f"{direction} br0 {rule}" for rule in rules)
         chains.append(f"chain {hook} {{ type filter hook {hook} priority 0; {body}; }}")
     body = "\n".join(chains)
@@ -133,7 +149,7 @@ def heal(node: Node) -> list[str]:
     """Undo every fault of the network and the disk that is still there; says which."""
     healed = []
     tables = node.run("nft", "list", "tables").stdout
-    for table in (DROP_TABLE, LOSS_TABLE):
+    for table in (DROP_TABLE, LOSS_TABLE, MUTE_TABLE):
         if table in tables:
             _delete_table(node, table)
             healed.append(f"table {table}")

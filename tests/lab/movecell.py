@@ -146,10 +146,17 @@ class MoveCell:
         for host in self.hosts:
             host.start(kill_at=kill_at, hold_at=holds, config=merge_config(CONFIG, config))
 
-    def stop(self) -> None:
-        """A clean end of workers and watch, and what the watch saw all the time."""
+    def watching(self, instance: Instance) -> Watch:
+        return Watch([host.node for host in self.hosts], instance.uuid, self.shared)
+
+    def stop_watch(self) -> None:
         if self._watch is not None:
             self._watch.stop()
+
+    def stop(self) -> None:
+        """A clean end of workers and watch, and what the watch saw all the time."""
+        self.stop_watch()
+        if self._watch is not None:
             assert self._watch.twice == [], "two copies ran at once"
         for host in self.hosts:
             host.stop()
@@ -162,7 +169,7 @@ class MoveCell:
         """The guest runs on the source and has ticked; its root disk has ``filler_mib`` of noise, and what ``prepare``
         did to it before the guest ever ran."""
         instance = self.source.instance(**changes)
-        self._watch = Watch([host.node for host in self.hosts], instance.uuid, self.shared)
+        self._watch = self.watching(instance)
         self._watch.start()
         operation = self.source.send("build_and_run_instance", instance)
         self.source.wait_held(FILL)
@@ -442,8 +449,7 @@ def move_cell(cell: Cell, images: GuestImages) -> Iterator[MoveCell]:
         try:
             yield made
         finally:
-            if made._watch is not None:
-                made._watch.stop()
+            made.stop_watch()
 
 
 @contextmanager

@@ -60,6 +60,7 @@ cgroup_controllers = []
 stdio_handler = "logd"
 migration_address = "{settings.address(index)}"
 migration_host = "node{index}"
+keepalive_interval = {settings.keepalive_interval}
 {tls if settings.tls else ""}"""
 
 

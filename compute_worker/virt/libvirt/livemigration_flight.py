@@ -27,6 +27,8 @@ LOOK_SECONDS = 0.5
 SILENCE_SECONDS = 4.0
 """A destination that took nothing for so long may be gone."""
 OUTGOING = "migration_out"
+OFF_SECONDS = 5.0
+"""libvirt 9.0 does not return from the migration of a guest that shut itself down meanwhile: it has ended by then."""
 GONE = ("migrated",)
 """Reasons of a guest that is off here because it arrived."""
 
@@ -60,6 +62,7 @@ class Flight:
         self._abort_wanted = False
         self._why_aborted = ""
         self._severed = False
+        self._off_since: float | None = None
         self._history = History()
         self._began = time.monotonic()
         self._told = ""
@@ -78,6 +81,8 @@ class Flight:
                     self._woken.clear()
         finally:
             unsubscribe()
+        if self._journey is not None and not self._landed.is_set():
+            return errors.GuestFailed(instance=self._guest.uuid, reason="it is off here, and its migration does not end")
         return self._error
 
     @property
@@ -103,8 +108,18 @@ class Flight:
 
     def _over(self) -> bool:
         if self._journey is not None:
-            return self._landed.is_set()
+            return self._landed.is_set() or self._is_off()
         return self._guest.job_operation() != OUTGOING if self._alive() else True
+
+    def _is_off(self) -> bool:
+        """Whether the guest has been off here for so long that nothing of it can fly."""
+        try:
+            alive = self._alive()
+        except errors.Retryable:
+            return False
+        now = time.monotonic()
+        self._off_since = None if alive else self._off_since or now
+        return self._off_since is not None and now - self._off_since >= OFF_SECONDS
 
     def _alive(self) -> bool:
         return self._guest.power_state() in (PowerState.RUNNING, PowerState.PAUSED)

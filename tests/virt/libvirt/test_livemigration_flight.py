@@ -53,6 +53,18 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(livemigration_flight, "LOOK_SECONDS", 0.01)
 
 
+def test_a_guest_that_shut_itself_down_and_a_libvirt_that_does_not_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(livemigration_flight, "OFF_SECONDS", 0.05)
+    tower = Tower()
+    thread = tower.start()
+    wait_for(lambda: tower.job.reports, what="a report")
+    tower.guest.now, tower.guest.flying = ENDED, False
+    thread.join(10)
+    assert isinstance(tower.said[0], errors.GuestFailed)
+    assert "does not end" in tower.said[0].message
+    tower.guest.land(ENDED)
+
+
 def test_it_arrives() -> None:
     tower = Tower()
     thread = tower.start()
