@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -17,6 +16,7 @@ import msgspec
 from compute_worker import errors
 from compute_worker.images import files, sparse
 from compute_worker.images.store import CHUNK_BYTES, ORIGIN, Hole, ImageFacts, ImageStore, Opened, Piece, flat
+from compute_worker.images.summing import Sum
 from compute_worker.objects import ID_PATTERN, ImageMeta, StoredImage
 
 if TYPE_CHECKING:
@@ -97,21 +97,21 @@ class FileStore(ImageStore):
         self, image_id: str, pieces: Iterable[Piece], size_bytes: int | None = None, job: Job | None = None
     ) -> ImageFacts:
         """Write the image; holes stay holes."""
-        part, digest, done = self._part(image_id), hashlib.sha256(), 0
-        with self._writing(part, os.O_TRUNC) as fd:
+        part, done = self._part(image_id), 0
+        with self._writing(part, os.O_TRUNC) as fd, Sum() as total:
             for piece in pieces:
                 if job is not None:
                     job.check()
-                with files.disk_errors(part):
-                    sparse.put(fd, piece, done)
                 for data in flat([piece]):
-                    digest.update(data)
-                done += piece.size if isinstance(piece, Hole) else len(piece)
+                    with total.beside(data), files.disk_errors(part):
+                        if not isinstance(piece, Hole):
+                            sparse.put(fd, data, done)
+                    done += len(data)
             with files.disk_errors(part):
                 os.ftruncate(fd, done)
         if size_bytes is not None and done != size_bytes:
             raise errors.ImageUnacceptable(image=image_id, reason=f"{done} bytes were written, {size_bytes} announced")
-        return self._note_written(image_id, done, digest.hexdigest())
+        return self._note_written(image_id, done, total.hexdigest())
 
     def write_delta(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from compute_worker import errors
 from compute_worker.images.store import Piece, flat
+from compute_worker.images.summing import Sum
 
 if TYPE_CHECKING:
     from compute_worker.virt.driver import Job
@@ -65,24 +65,24 @@ def reason_of(exc: BaseException) -> str:
 
 
 def _put(goal: Goal, pieces: Iterable[Piece], size_bytes: int | None, job: Job | None) -> tuple[int, str]:
-    connection, digest, done = goal.connection, hashlib.sha256(), 0
+    connection, done = goal.connection, 0
     connection.putrequest("PUT", goal.target, skip_accept_encoding=True)
     length = ("Transfer-Encoding", "chunked") if size_bytes is None else ("Content-Length", str(size_bytes))
     for name, value in {"Content-Type": "application/octet-stream", **goal.headers, length[0]: length[1]}.items():
         connection.putheader(name, value)
     connection.endheaders()
-    for data in flat(pieces):
-        if job is not None:
-            job.check()
-        if not len(data):
-            continue  # an empty chunk would end the body
-        digest.update(data)
-        done += len(data)
-        if size_bytes is not None and done > size_bytes:
-            raise errors.ImageUnacceptable(
-                image=goal.image_id, reason=f"more than the {size_bytes} bytes announced came"
-            )
-        _send(goal, data, chunked=size_bytes is None)
+    with Sum() as total:
+        for data in flat(pieces):
+            if job is not None:
+                job.check()
+            done += len(data)
+            if size_bytes is not None and done > size_bytes:
+                raise errors.ImageUnacceptable(
+                    image=goal.image_id, reason=f"more than the {size_bytes} bytes announced came"
+                )
+            if len(data):  # an empty chunk would end the body
+                with total.beside(data):
+                    _send(goal, data, chunked=size_bytes is None)
     if size_bytes not in (None, done):
         raise errors.ImageUnacceptable(
             image=goal.image_id, reason=f"{done} bytes came, {size_bytes} were announced"
@@ -92,7 +92,7 @@ def _put(goal: Goal, pieces: Iterable[Piece], size_bytes: int | None, job: Job |
     status = connection.getresponse().status
     if not 200 <= status < 300:
         raise goal.refused(status, goal.image_id)
-    return done, digest.hexdigest()
+    return done, total.hexdigest()
 
 
 def _send(goal: Goal, data: bytes | bytearray | memoryview, *, chunked: bool) -> None:
