@@ -82,7 +82,8 @@ class Flight:
         finally:
             unsubscribe()
         if self._journey is not None and not self._landed.is_set():
-            return errors.GuestFailed(instance=self._guest.uuid, reason="it is off here, and its migration does not end")
+            reason = "it is off here, and its migration does not end"
+            return errors.GuestFailed(instance=self._guest.uuid, reason=reason)
         return self._error
 
     @property
