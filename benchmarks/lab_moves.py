@@ -58,18 +58,19 @@ class Hosts:
             id=images.data_qcow2.name, disk_format="qcow2", kernel_id=images.kernel.name, ramdisk_id=images.initrd.name
         )
 
-    def use(self, **transfer: Any) -> None:
-        """Start both workers (again) with these options."""
+    def use(self, more: Config | None = None, **transfer: Any) -> None:
+        """Start both workers (again) with these options of [transfer], and ``more``."""
         self.cell.stop_workers()
-        config = merge_config(CONFIG, {"transfer": transfer})
+        config = merge_config(CONFIG, {"transfer": transfer}, more or {})
         for worker in [self.cell.start_worker(name, config) for name in (SOURCE, DESTINATION)]:
             worker.wait_ready(60)
         for name in (SOURCE, DESTINATION):
             wait_for(lambda host=name: self.api.get_host_state(host=host).vcpus.total, 30, f"{name} to say what it has")
 
-    def written(self, mib: int) -> Instance:
-        """A guest that runs, whose overlay holds ``mib`` MiB past its file system that do not compress."""
-        root_gb = -(-(mib + DATA_MIB) // 1024)
+    def written(self, mib: int, root_gb: int | None = None) -> Instance:
+        """A guest that runs, whose overlay holds ``mib`` MiB past its file system that do not compress; its disk is as
+        large as that needs, or ``root_gb``."""
+        root_gb = root_gb or -(-(mib + DATA_MIB) // 1024)
         instance = Instance(
             uuid=str(uuid.uuid4()), name="bench", image=self._image, kernel_cmdline="quiet lab.noga",
             flavor=Flavor(vcpus=1, memory_mb=MEMORY_MIB, root_gb=root_gb),

@@ -45,6 +45,10 @@ NEEDS_BROKER = {
         ["--resizes", "2", "--warm", "1", "--at-once", "4"],
         {"memory_resize_cpu_ms", "rabbitmq_resize_cpu_ms", "rabbitmq_confirm_cpu_ms", "rabbitmq_at_once_s"},
     ),
+    "bench_live_cpu.py": (
+        ["--moves", "2", "--warm", "1", "--at-once", "4"],
+        {"memory_live_cpu_ms", "rabbitmq_live_cpu_ms", "rabbitmq_live_broker_ms", "rabbitmq_live_at_once_s"},
+    ),
 }
 NEEDS_LAB = {
     "bench_spawn.py": (["--rounds", "1"], {"worker_s", "bare_s", "overhead_s", "cold_s"}),
@@ -55,6 +59,10 @@ NEEDS_LAB = {
     "bench_blackout.py": (
         ["--mib", "4", "--rounds", "1"],
         {"4_warm_after_s", "4_cold_after_s", "4_warm_gap_s", "4_restart_gap_s", "4_bare_mib_s"},
+    ),
+    "bench_live.py": (
+        ["--mib", "4", "--rounds", "1", "--at-once", "2"],
+        {"ours_beyond_s", "ours_downtime_s", "bare_job_s", "bare_wall_s", "downtime_ratio", "bare_at_once_s"},
     ),
 }
 UUID = "00000000-0000-4000-8000-000000000001"
