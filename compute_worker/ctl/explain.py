@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compute_worker.ctl.text import clock, progress_line, safe, span
 from compute_worker.objects import Operation, StepRecord
-from compute_worker.states import OperationState
+from compute_worker.states import MigrationStatus, OperationState
 
 COLUMNS = ("step", "direction", "state", "attempts", "began", "took", "decision")
 
@@ -46,9 +46,17 @@ def _row(step: StepRecord, began: float) -> Sequence[object]:
     return (step.name, step.direction, step.state, step.attempts, begun, took, decision)
 
 
+def in_postcopy(operation: Operation) -> bool:
+    """Whether it is a live migration that cannot be stopped any more."""
+    detail = operation.progress.detail if operation.progress is not None else {}
+    return detail.get("status") == MigrationStatus.RUNNING_POSTCOPY.value
+
+
 def verdict(operation: Operation) -> str:
     """What will happen now, and what an operator can do."""
     cancelling = ", a cancel was asked for" if operation.cancel_requested else ""
+    if operation.state is OperationState.RUNNING and in_postcopy(operation):
+        return "in post-copy: the guest runs at its destination and needs both hosts; only its end can be waited for"
     match operation.state:
         case OperationState.DONE:
             return "done: nothing more will happen"

@@ -24,6 +24,8 @@ def operation(state: str = "running", **facts: Any) -> Operation:
         (operation("queued"), "waits for its turn"),
         (operation("queued", cancel_requested=True), "a cancel was asked for"),
         (operation(), "it can be cancelled"),
+        (operation(progress=Progress(phase="x", detail={"status": "running"})), "it can be cancelled"),
+        (operation(progress=Progress(phase="x", detail={"status": "running (post-copy)"})), "needs both hosts"),
         (operation(committed=True), "cannot be cancelled"),
         (operation("undoing"), "is being undone"),
         (operation("undone"), "undone: the world is as it was"),
