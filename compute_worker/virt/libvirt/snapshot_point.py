@@ -113,7 +113,7 @@ class Points:
                 record.keep(self.directory(uuid), held)
         if held.method is Method.SAVED:
             _save(guest, job)
-        self._explain(uuid, held, why, job)
+        job.explain(f"{held.method}: {why}")
         return self._ready(uuid, held)
 
     def _back_up(
@@ -140,7 +140,7 @@ class Points:
                 chain = f"the disk cannot say what was written since the last image: {exc}"
                 held = msgspec.structs.replace(held, since="", parent="")
                 disk.begin(held.token, "")
-        self._explain(uuid, held, f"{why}; {still.describe()}; {chain}", job)
+        job.explain(f"{held.method}: {why}; {still.describe()}; {chain}")
         return self._ready(uuid, msgspec.structs.replace(held, thawed=still.thawed))
 
     def _chain(self, guest: Guest, uuid: str, request: SnapshotRequest) -> tuple[Last | None, str]:
@@ -235,9 +235,6 @@ class Points:
         if self._deeds.power(uuid) is PowerState.SUSPENDED:
             self._deeds.guest(uuid).launch()
 
-    def _explain(self, uuid: str, held: Held, why: str, job: Job) -> None:
-        LOG.info("instance %s: image %s is made by %s: %s", uuid, held.image, held.method, why)
-        job.explain(f"{held.method}: {why}")
 
 
 def origin_of(request: SnapshotRequest) -> str:

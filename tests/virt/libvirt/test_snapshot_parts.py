@@ -436,7 +436,6 @@ def test_a_store_that_is_not_there(bench: Bench) -> None:
         bench.parts(store="nosuch")
 
 
-def test_the_decision_is_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", snapshot_point.__name__):
-        bench.snap()
-    assert "image snap1 is made by backup" in caplog.text
+def test_the_decision_is_told_once(bench: Bench) -> None:
+    bench.snap()
+    assert len(bench.job.reasons) == 1 and bench.job.reasons[0].startswith("backup: the guest is running and goes on; ")
