@@ -154,5 +154,6 @@ def test_retryable_may_be_tried_elsewhere_and_waits_where_something_is_down() ->
     assert all(cls.reschedulable for cls in OURS if issubclass(cls, Retryable))
     assert {cls.__name__ for cls in OURS if issubclass(cls, Retryable) and cls.patient} == {
         "HypervisorUnavailable",
+        "ImageImporting",
         "PeerUnavailable",
     }
