@@ -319,7 +319,8 @@ def _await_outcome(core: Core, run: Run) -> Result:
 
 
 def _ask(core: Core, run: Run) -> tuple[bool, str]:
-    """Ask until the destination has decided. A copy that the hypervisor let run on here is held while it is silent."""
+    """Ask until the destination has decided. A copy that the hypervisor let run on here is held until it has: an answer
+    that does not come takes seconds."""
     run.step_aside()
     interval = core.settings.compute.peer_ask_interval
     while True:
@@ -327,12 +328,12 @@ def _ask(core: Core, run: Run) -> tuple[bool, str]:
         if move.forced:
             return False, "an operator said that the other host is off and stays off"
         failed = not move.landed_well
+        _hold(core, run, move)
         try:
             revoke = failed or run.cancel_requested
             answer = peers.ask(core, _question(move, run), revoke, quick=True)
         except errors.PeerUnavailable as exc:
             run.waiting_for = str(exc)
-            _hold(core, run, move)
         else:
             # What is only being undone there may still be running there.
             verdict, why = peers.decide(answer, move.journal_id, one_directory=True)
@@ -354,11 +355,11 @@ def in_doubt(info: GuestInfo | None, landed: str) -> bool:
 
 
 def _hold(core: Core, run: Run, move: Move) -> None:
-    info = _info(core, move.instance.uuid)
-    if not move.held and in_doubt(info, move.landed):
-        core.driver.pause(move.instance)
+    """On record first: whoever dies meanwhile, it runs again after a no."""
+    if in_doubt(_info(core, move.instance.uuid), move.landed):
         _change(core, run, held=True)
-        run.explain(f"host {move.other} is silent and may run the guest: the copy here is paused until it answers")
+        core.driver.pause(move.instance)
+        run.explain(f"host {move.other} may run the guest: the copy here is paused until that host answers")
 
 
 def _roll_back(core: Core, run: Run) -> None:
@@ -372,7 +373,7 @@ def _roll_back(core: Core, run: Run) -> None:
             raise errors.MigrationFailed(migration=run.chain, reason=f"host {move.other} has it: {why}")
         _change(core, run, refused=why)
     core.driver.rollback_live_migration_at_source(leaving(move), move.migration)
-    if move.held and not run.preempted:
+    if _move(core, run).held and not run.preempted:
         core.driver.unpause(move.instance)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compute_worker import errors
+from compute_worker.manager import live_source
 from compute_worker.states import OperationState, PowerState, VmState
 from tests.manager.cell import DESTINATION, MIGRATION, OPERATION, SOURCE, UUID, WRITTEN, Cell
 from tests.manager.machine import quiet_deaths
@@ -150,6 +151,33 @@ def test_a_silent_destination_holds_the_copy_that_was_let_run_on(cell):
     assert cell.owners() == [DESTINATION]
     assert cell.simulated.running_copies(UUID) == [DESTINATION]
     assert cell.leftovers(SOURCE) == set()
+
+
+def test_the_copy_that_was_let_run_on_is_held_before_the_destination_is_asked(cell, monkeypatch):
+    """An answer that does not come takes seconds, and two copies would run meanwhile."""
+    seen, ask = [], live_source.peers.ask
+
+    def looking(core, *arguments, **named):
+        if core.host == SOURCE:
+            seen.append(cell[SOURCE].host.power_of(UUID))
+        return ask(core, *arguments, **named)
+
+    monkeypatch.setattr(live_source.peers, "ask", looking)
+    cell.boot()
+    cell[SOURCE].host.finish_timeout = 0.3
+
+    def lost(uuid: str) -> None:
+        cell.net.cut.add(DESTINATION)
+        raise errors.PeerUnavailable(host=DESTINATION)
+
+    cell[SOURCE].host.faults.hook("migrate_finish", lost, times=1)
+    cell.migrate()
+    wait_for(lambda: cell.phase(SOURCE) == "await_outcome" and len(seen) > 2, what="it to be asked")
+    cell.net.cut.clear()
+    assert cell.outcome(SOURCE).state is OperationState.DONE
+    assert PowerState.RUNNING not in seen
+    cell.quiet()
+    assert cell.simulated.running_copies(UUID) == [DESTINATION]
 
 
 def test_the_flight_fails_and_the_guest_goes_on(cell):
