@@ -1,4 +1,4 @@
-"""The scenario on two real hosts, as `make demo` runs it: over a minute, as real guests boot eight times."""
+"""The scenario on two real hosts, as `make demo` runs it: two minutes or more, as real guests boot ten times."""
 
 from __future__ import annotations
 
