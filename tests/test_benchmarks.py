@@ -60,6 +60,10 @@ NEEDS_LAB = {
         ["--mib", "4", "--rounds", "1"],
         {"4_warm_after_s", "4_cold_after_s", "4_warm_gap_s", "4_restart_gap_s", "4_bare_mib_s"},
     ),
+    "bench_snapshot.py": (
+        ["--sizes", "64/1", "--rounds", "1"],
+        {"64_wall_ratio", "64_s", "64_gap_s", "64_second_read_mib", "64_room_mib", "rss_mib"},
+    ),
     "bench_live.py": (
         ["--mib", "4", "--rounds", "1", "--at-once", "2"],
         {"ours_beyond_s", "ours_downtime_s", "bare_job_s", "bare_wall_s", "downtime_ratio", "bare_at_once_s"},
