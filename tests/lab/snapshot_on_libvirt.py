@@ -190,7 +190,7 @@ def test_increments_over_guests_that_were_off(scene: Scene) -> None:
     scene.snap(2)
     scene.assert_said("only what was written since")
     scene.world.guest_dies(scene.world.a, scene.uuid)
-    wait_for(lambda: scene.world.power(scene.world.a, scene.uuid) == "shutdown", 10, "the guest's end")
+    wait_for(lambda: scene.world.power(scene.world.a, scene.uuid) == "shutdown", 30, "the guest's end")
     scene.driver.power_on(scene.instance, RecordingJob())
     scene.ticks()
     third = scene.snap(3)
@@ -361,7 +361,7 @@ def test_a_guest_that_dies_while_it_is_read(scene: Scene) -> None:
     for part in parts[:2]:
         part.do(scene.job)
     scene.world.guest_dies(scene.world.a, scene.uuid)
-    wait_for(lambda: scene.world.power(scene.world.a, scene.uuid) == "shutdown", 10, "the guest's end")
+    wait_for(lambda: scene.world.power(scene.world.a, scene.uuid) == "shutdown", 30, "the guest's end")
     told = parts[2].do(scene.job)
     assert told is not None and told["method"] == "cold"
     parts[3].do(scene.job)

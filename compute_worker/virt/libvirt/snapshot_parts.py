@@ -32,6 +32,8 @@ from compute_worker.virt.libvirt.spawn import make_part
 LOG = logging.getLogger(__name__)
 _FOR_EVER = float("inf")
 """What we serve to ourselves ends with us."""
+_NEWS_SECONDS = 5.0
+"""libvirt knows by then that a qemu has died."""
 _GIB = 1 << 30
 
 
@@ -104,7 +106,7 @@ class Snapshots:
             try:
                 facts, read_bytes = self._write(instance, request, held, job)
             except Unreadable as exc:
-                raise errors.GuestFailed(instance=uuid, reason=f"its disk cannot be read: {exc}") from None
+                raise self._lost(uuid, held, exc, job) from None
             held = msgspec.structs.replace(
                 held,
                 written=True,
@@ -116,6 +118,12 @@ class Snapshots:
             record.keep(self._points.directory(uuid), held)
         self._points.finish(uuid, held)
         return {"method": held.method.value, "size_bytes": held.size_bytes, "read_bytes": held.read_bytes}
+
+    def _lost(self, uuid: str, held: Held, exc: Unreadable, job: Job) -> errors.ComputeError:
+        """Tried again where the point in time went with its qemu: then the disk is what the guest left."""
+        if held.method is Method.BACKUP and job.wait(lambda: not self._points.stands(uuid, held), _NEWS_SECONDS):
+            return errors.HypervisorBusy(reason=f"what it kept of the disk of instance {uuid} is gone: {exc}")
+        return errors.GuestFailed(instance=uuid, reason=f"its disk cannot be read: {exc}")
 
     def _write(self, instance: Instance, request: SnapshotRequest, held: Held, job: Job) -> tuple[ImageFacts, int]:
         """What the store has, and how many bytes were read from the guest's disk."""

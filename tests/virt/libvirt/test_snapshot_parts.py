@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,8 +12,9 @@ import pytest
 
 from compute_worker import errors
 from compute_worker.states import PowerState
-from compute_worker.virt.libvirt import snapshot_point
+from compute_worker.virt.libvirt import snapshot_parts, snapshot_point
 from compute_worker.virt.libvirt.snapshot import live, record
+from compute_worker.virt.libvirt.snapshot.reading import Unreadable
 from tests.virt.jobs import RecordingJob
 from tests.virt.libvirt.snapshot.fakeguest import Died, qemu
 from tests.virt.libvirt.snapshot.support import MIB, SIZE, UUID, Bench
@@ -276,13 +276,29 @@ def test_the_guest_dies_before_it_is_read(bench: Bench) -> None:
 
 
 def test_the_guest_dies_while_it_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried again, the image is made of what the guest left."""
     run(bench.parts()[:2], bench.job)
-    monkeypatch.setattr(live.LiveDisk, "check_room", lambda disk: bench.guest.dies())
-    with pytest.raises(errors.GuestFailed, match="its disk cannot be read"):
+    with monkeypatch.context() as dying:
+        dying.setattr(live.LiveDisk, "check_room", lambda disk: bench.guest.dies())
+        with pytest.raises(errors.HypervisorBusy, match="is gone"):
+            bench.parts()[2].do(bench.job)
+    wanted = bench.flat()
+    run(bench.parts()[2:], bench.job)
+    assert bench.flat(bench.images / "snap1") == wanted
+    bench.assert_clean("snap1")
+
+
+def test_a_disk_that_cannot_be_read_and_stands(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: Any) -> None:
+        raise Unreadable("a bad block")
+
+    run(bench.parts()[:2], bench.job)
+    monkeypatch.setattr(snapshot_parts, "_NEWS_SECONDS", 0.1)
+    monkeypatch.setattr(live.LiveDisk, "look", unreadable)
+    with pytest.raises(errors.GuestFailed, match="its disk cannot be read: a bad block"):
         bench.parts()[2].do(bench.job)
     bench.undo(3)
-    assert not [name for name in os.listdir(bench.images) if "snap1" in name]
-    assert not (bench.directory / "snapshot.part").exists()
+    bench.assert_clean()
 
 
 def test_a_guest_that_is_started_while_it_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
