@@ -48,6 +48,7 @@ PREFIX = "precopy-"
 PHASE = "precopy"
 _SOCKET = "nbd"
 _LONGEST_SOCKET = 107
+_END_SECONDS = 30.0
 _ON = frozenset({PowerState.RUNNING, PowerState.PAUSED})
 _KEEP_FREE = 512 << 20
 """Bytes left on the file system at which the copy is given up: what the guest overwrites is kept there meanwhile, and
@@ -391,6 +392,8 @@ class Precopy:
             running = guest.backup_xml() if on else None
             if running is not None and place in running:
                 guest.abort_job()
+                # libvirt ends it behind our back; until then the guest takes no other job.
+                NullJob().wait(lambda: guest.backup_xml() is None, _END_SECONDS)
             for name in guest.checkpoints():
                 if name.startswith(PREFIX):
                     guest.delete_checkpoint(name, metadata_only=not on)
