@@ -1,5 +1,5 @@
-"""Real deaths in the middle of a live migration between two real hosts: workers, libvirtd, qemu, guests, hosts, cables,
-the broker, a full disk, and libvirt's last word that never comes.
+"""Real deaths in the middle of a live migration between two real hosts: workers, libvirtd, qemu, hosts, cables, and
+libvirt's last word that never comes.
 
 Each cell asks the oracle: never two copies that run, one owner, memory and disk and counter without a hole, nothing
 left over on either host, one terminal notification from each, and no person was needed.
@@ -40,7 +40,7 @@ LANDED = at(LEAVE, "await_outcome", "before_do")
 """The source's worker stands still where the flight is over, and nobody was asked."""
 SEEN = at(COME, "commit", "before_record")
 """The destination's worker stands still where it has seen the guest run, and has not recorded it."""
-WINDOW = 2.0
+WINDOW = 4.0
 """Seconds that two copies may run where the destination is silent and libvirt lets the source's run on."""
 
 
@@ -100,20 +100,6 @@ def test_worker_killed_in_flight(moves: LiveCell, hosts: list[str]) -> None:
     moves.arrived(instance, operation)
     assert [moves.host(name).deaths for name in hosts] == [1] * len(hosts)
     moves.finish(instance, DESTINATION)
-
-
-@pytest.mark.parametrize("hosts", [[SOURCE], [SOURCE, DESTINATION]], ids="-".join)
-def test_worker_dead_until_the_guest_has_landed(moves: LiveCell, hosts: list[str]) -> None:
-    """Nobody watches the flight's end: whoever comes back finds out on both hosts who runs the guest."""
-    moves.start(live_migration=SLOW)
-    instance = moves.boot()
-    _, operation = moves.fly(instance)
-    for name in hosts:
-        moves.host(name).worker.kill()
-    moves.hasten(instance)
-    wait_for(lambda: moves.watch.last(DESTINATION), 30, "it to tick at the destination")
-    moves.arrived(instance, operation)
-    moves.leave(instance, DESTINATION)
 
 
 # --- hypervisors ----------------------------------------------------------------------------------------------------
@@ -213,21 +199,6 @@ def test_qemu_of_the_source_killed_in_flight(moves: LiveCell) -> None:
     moves.leave(instance, SOURCE)
 
 
-def test_the_guest_shuts_itself_down_in_flight(moves: LiveCell) -> None:
-    """Its own decision: it is off, at the source, and starts there."""
-    moves.start(live_migration={"bandwidth_mb": 1})
-    instance = moves.boot(0, kernel_cmdline="quiet lab.noga lab.off_at=20")
-    _, operation = moves.fly(instance)
-    assert moves.watch.last(SOURCE) < 20
-    ended(moves, instance, operation, "stopped")
-    # libvirt 9.0 sometimes never returns from such a migration, and holds the guest for it until it is restarted.
-    moves.source.node.libvirtd.kill()
-    moves.source.node.libvirtd.start()
-    moves.source.do("start_instance", instance.uuid)
-    moves.assert_goes_on(instance, SOURCE, 2)
-    moves.leave(instance, SOURCE)
-
-
 # --- hosts ----------------------------------------------------------------------------------------------------------
 
 
@@ -304,23 +275,6 @@ def test_cable_pulled_during_pre(moves: LiveCell, step: str) -> None:
     moves.leave(instance, DESTINATION)
 
 
-@pytest.mark.parametrize("host", [SOURCE, DESTINATION])
-def test_cable_pulled_in_flight(moves: LiveCell, host: str) -> None:
-    """The guest goes on at the source, and does not stand still for it; the flight is given up."""
-    moves.start(live_migration={**SLOW, "progress_timeout": 5.0})
-    instance = moves.boot()
-    _, operation = moves.fly(instance)
-    with faults.link_down(moves.host(host).node):
-        wait_for(lambda: not flying(moves, instance), 60, "the end of the flight")
-    moves.stayed(instance, operation, 60)
-    moves.leave(instance, SOURCE)
-
-
-def flying(moves: LiveCell, instance: Instance) -> bool:
-    said = moves.source.node.virsh("domjobinfo", instance.uuid, check=False).stdout
-    return "Outgoing migration" in said
-
-
 @pytest.mark.parametrize(("host", "point"), [(SOURCE, LANDED), (DESTINATION, SEEN)], ids=[SOURCE, DESTINATION])
 def test_cable_pulled_before_post(moves: LiveCell, host: str, point: str) -> None:
     """It has landed; neither side decides anything by itself that the other could contradict."""
@@ -385,38 +339,3 @@ def test_the_finish_reply_is_lost_and_the_destination_is_silent(moves: LiveCell)
 def said(moves: LiveCell, instance: Instance) -> str:
     """State and reason of the source's copy."""
     return moves.source.node.virsh("domstate", "--reason", instance.uuid, check=False).stdout
-
-
-def test_rabbitmq_stopped_for_20_seconds(moves: LiveCell) -> None:
-    """The guest flies on and lands; the hosts agree when the broker is back."""
-    moves.start(live_migration=SLOW)
-    instance = moves.boot()
-    _, operation = moves.fly(instance)
-    moves.cell.rabbit.stop()
-    moves.hasten(instance)
-    pause(20)
-    moves.cell.rabbit.start()
-    moves.arrived(instance, operation)
-    moves.leave(instance, DESTINATION)
-
-
-# --- the disk -------------------------------------------------------------------------------------------------------
-
-
-def test_no_room_at_the_destination(moves: LiveCell) -> None:
-    """It fills up under the disks that come: the guest goes on where it was."""
-    point = at(COME, "publish", "before_do")
-    node = moves.destination.node
-    with faults.disk_of(node, 192):
-        moves.start(hold_at=point, claims={"disk_allocation_ratio": 100.0})
-        instance = moves.boot(32)
-        migration = moves.migration(instance, migration_type="live-migration", new_flavor=None)
-        operation = moves.source.send("live_migration", instance.uuid, migration, disk_over_commit=True)
-        moves.destination.wait_held(point)
-        ballast = node.instances / "_base" / "ballast"
-        room = os.statvfs(node.instances)
-        ballast.write_bytes(bytes(room.f_bavail * room.f_frsize - (8 << 20)))
-        moves.destination.release(point)
-        moves.stayed(instance, operation)
-        ballast.unlink()
-        moves.leave(instance, SOURCE)
