@@ -1,5 +1,5 @@
-"""Real deaths in the middle of a live migration between two real hosts: workers, libvirtd, qemu, hosts, cables, and
-libvirt's last word that never comes.
+"""Real deaths in the middle of a live migration between two real hosts: workers, libvirtd, qemu, hosts, cables, a
+full disk, and libvirt's last word that never comes.
 
 Each cell asks the oracle: never two copies that run, one owner, memory and disk and counter without a hole, nothing
 left over on either host, one terminal notification from each, and no person was needed.
@@ -339,3 +339,25 @@ def test_the_finish_reply_is_lost_and_the_destination_is_silent(moves: LiveCell)
 def said(moves: LiveCell, instance: Instance) -> str:
     """State and reason of the source's copy."""
     return moves.source.node.virsh("domstate", "--reason", instance.uuid, check=False).stdout
+
+
+# --- the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_no_room_at_the_destination(moves: LiveCell) -> None:
+    """It fills up under the disks that come: the guest goes on where it was."""
+    point = at(COME, "publish", "before_do")
+    node = moves.destination.node
+    with faults.disk_of(node, 192):
+        moves.start(hold_at=point, claims={"disk_allocation_ratio": 100.0})
+        instance = moves.boot(32)
+        migration = moves.migration(instance, migration_type="live-migration", new_flavor=None)
+        operation = moves.source.send("live_migration", instance.uuid, migration, disk_over_commit=True)
+        moves.destination.wait_held(point)
+        ballast = node.instances / "_base" / "ballast"
+        room = os.statvfs(node.instances)
+        ballast.write_bytes(bytes(room.f_bavail * room.f_frsize - (8 << 20)))
+        moves.destination.release(point)
+        moves.stayed(instance, operation)
+        ballast.unlink()
+        moves.leave(instance, SOURCE)
