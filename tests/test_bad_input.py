@@ -351,7 +351,7 @@ BAD_MOVES: list[tuple[str, dict[str, Any], type[errors.ComputeError]]] = [
     ("snapshot_instance", {"instance": ACTIVE, "image": "../x"}, errors.InvalidCommand),
     ("snapshot_instance", {"instance": NOWHERE, "image": "snap"}, errors.InstanceNotFound),
     *(
-        ("snapshot_instance", {"instance": ACTIVE, "image": "s", "options": options}, error)
+        ("snapshot_instance", {"instance": ACTIVE, "image": "s", "image_options": options}, error)
         for options, error in (
             ({"disk_format": "vmdk"}, errors.InvalidCommand),
             ({"name": "a\nb"}, errors.InvalidCommand),

@@ -17,12 +17,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable, "-m"]
 
-# Whole files go to one process: what a module's fixtures start is not started twice. Real cells have the machine alone.
+# Whole files go to one process: what a module's fixtures start is not started twice. Cells wait more than they compute,
+# so that `make lab` has two at a time; in `make test` each has the machine alone.
 PHASES: dict[str, list[list[str]]] = {
     "lint": [["ruff", "check", "."], ["mypy"]],
     "unit": [["pytest", "-n", "4", "--dist", "loadfile", "-m", "not lab"]],
     "cell": [["pytest", "-m", "lab and not lab_full"]],
-    "lab": [["pytest", "-m", "lab"]],
+    "lab": [["pytest", "-n", "2", "--dist", "loadfile", "-m", "lab"]],
 }
 NOTHING_TO_RUN = 5
 

@@ -11,7 +11,7 @@ from compute_worker.ctl.exits import Exit, NobodyAnswers, UsageError
 from compute_worker.ctl.find import find_operation
 from compute_worker.errors import ComputeError, InvalidCommand
 from compute_worker.objects import Accepted, ExternalEvent
-from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 
 
 def boot(ctl: Ctl) -> Exit:

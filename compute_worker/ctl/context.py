@@ -18,7 +18,7 @@ from compute_worker.ctl.output import Output
 from compute_worker.ctl.text import span
 from compute_worker.ctl.wait import wait_for_end
 from compute_worker.objects import Accepted, Operation
-from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.states import OperationState
 
 EXPIRY_SECONDS = 600.0

@@ -12,7 +12,7 @@ from compute_worker.ctl.queries import told_problems
 from compute_worker.ctl.wait import wait_for_end
 from compute_worker.errors import ComputeError
 from compute_worker.objects import Finding
-from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.states import OperationState
 
 COLUMNS = ("host", "what", "instance", "where", "reason", "what is done about it")

@@ -22,7 +22,7 @@ from compute_worker.ctl.text import span
 from compute_worker.ctl.wait import wait_for_end
 from compute_worker.errors import ComputeError
 from compute_worker.objects import Accepted, Instance, Operation
-from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.states import OperationState
 
 LOOK_SECONDS = 1.0

@@ -16,7 +16,7 @@ from compute_worker.ctl.queries import told_problems
 from compute_worker.ctl.text import amount, span
 from compute_worker.errors import ComputeError
 from compute_worker.objects import Accepted, CachedImage, ImageId, SnapshotOptions, StoredImage
-from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 
 STORED = ("image", "name", "format", "size", "made", "what", "of instance")
 CACHED = ("host", "base", "disk", "occupies", "used", "in use")

@@ -15,7 +15,8 @@ from compute_worker.ctl.moves import Way, accepted_before, way_of
 from compute_worker.ctl.text import span
 from compute_worker.errors import ComputeError, InvalidState
 from compute_worker.objects import Accepted, Instance, MigrateData, Migration, Operation
-from compute_worker.rpc.client import CommandOptions, ComputeAPI
+from compute_worker.rpc.client import ComputeAPI
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.states import OperationState, allowed
 
 COMMAND = "live_migration"

@@ -14,7 +14,7 @@ from compute_worker.ctl.exits import Exit, NobodyAnswers, UsageError
 from compute_worker.ctl.wait import wait_for_end
 from compute_worker.errors import InvalidState, NotFound
 from compute_worker.objects import Accepted, Flavor, HostState, Instance, Migration
-from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.states import VmState, allowed
 
 

@@ -33,7 +33,7 @@ class SnapshotEndpoint:
         instance: Uuid,
         image: ImageId,
         live: bool = True,
-        options: SnapshotOptions = _DEFAULTS,
+        image_options: SnapshotOptions = _DEFAULTS,
         operation: Uuid | None = None,
         expires_at: Expiry | None = None,
         check_only: bool = False,
@@ -43,9 +43,9 @@ class SnapshotEndpoint:
 
         :raises NotSupported: this host makes no such snapshots, or has no such store.
         """
-        args = {"image": image, "live": live, "options": objects.encode(options)}
+        args = {"image": image, "live": live, "image_options": objects.encode(image_options)}
         return self._accept(
-            context, snapshot.SNAPSHOT, Wish(operation, expires_at, check_only), instance, options, args
+            context, snapshot.SNAPSHOT, Wish(operation, expires_at, check_only), instance, image_options, args
         )
 
     @command
@@ -55,13 +55,13 @@ class SnapshotEndpoint:
         instance: Uuid,
         image: ImageId,
         live: bool = True,
-        options: SnapshotOptions = _DEFAULTS,
+        image_options: SnapshotOptions = _DEFAULTS,
         operation: Uuid | None = None,
         expires_at: Expiry | None = None,
         check_only: bool = False,
     ) -> Accepted:
         """Another name of ``snapshot_instance``."""
-        return self.snapshot_instance(context, instance, image, live, options, operation, expires_at, check_only)
+        return self.snapshot_instance(context, instance, image, live, image_options, operation, expires_at, check_only)
 
     @command
     def backup_instance(
@@ -71,7 +71,7 @@ class SnapshotEndpoint:
         image: ImageId,
         backup_type: BackupType,
         rotation: Rotation,
-        options: SnapshotOptions = _DEFAULTS,
+        image_options: SnapshotOptions = _DEFAULTS,
         operation: Uuid | None = None,
         expires_at: Expiry | None = None,
         check_only: bool = False,
@@ -82,16 +82,17 @@ class SnapshotEndpoint:
 
         :raises NotSupported: this host makes no such snapshots, or has no such store.
         """
-        if not self._core.driver.image_store(options.store).lists:
-            name = options.store or self._core.settings.images.store
+        if not self._core.driver.image_store(image_options.store).lists:
+            name = image_options.store or self._core.settings.images.store
             raise errors.NotSupported(what=f"backup_instance to image store {name!r}, which does not list its images,")
         args = {
             "image": image,
             "backup_type": backup_type,
             "rotation": rotation,
-            "options": objects.encode(options),
+            "image_options": objects.encode(image_options),
         }
-        return self._accept(context, snapshot.BACKUP, Wish(operation, expires_at, check_only), instance, options, args)
+        wish = Wish(operation, expires_at, check_only)
+        return self._accept(context, snapshot.BACKUP, wish, instance, image_options, args)
 
     @query
     def list_images(

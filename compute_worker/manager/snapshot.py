@@ -45,7 +45,7 @@ def backup_kind(core: Core) -> Kind:
 
 def plan(core: Core, instance: Instance, args: Mapping[str, Any], operation: str) -> SnapshotRequest:
     """What the driver is asked for; the same after a restart."""
-    options: SnapshotOptions = objects.decode(args.get("options") or {}, SnapshotOptions, "options")
+    options: SnapshotOptions = objects.decode(args.get("image_options") or {}, SnapshotOptions, "image_options")
     image = snapshot_image.describe(
         instance,
         args["image"],

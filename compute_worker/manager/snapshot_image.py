@@ -23,11 +23,12 @@ def check(options: SnapshotOptions, method: str) -> None:
     :raises InvalidCommand: naming the option.
     """
     if options.compression != "none" and options.disk_format == "raw":
-        raise errors.InvalidCommand(method=method, problem="options.compression is of a qcow2 image, not of a raw one")
+        problem = "image_options.compression is of a qcow2 image, not of a raw one"
+        raise errors.InvalidCommand(method=method, problem=problem)
     reserved = sorted(RESERVED & options.properties.keys())
     if reserved:
         raise errors.InvalidCommand(
-            method=method, problem=f"options.properties: {', '.join(reserved)} are set by the worker"
+            method=method, problem=f"image_options.properties: {', '.join(reserved)} are set by the worker"
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import oslo_messaging
 from kombu.exceptions import OperationalError
@@ -43,24 +43,12 @@ from compute_worker.objects import (
 from compute_worker.rpc import transport as transports
 from compute_worker.rpc import wire
 from compute_worker.rpc.client_images import ImagesAPI
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.rpc.since import SINCE
 
 T = TypeVar("T")
 
 BUILD_EXPIRY_SECONDS = 3600.0
-
-
-class CommandOptions(TypedDict, total=False):
-    """What every command takes beside its arguments."""
-
-    operation: str
-    """The operation's uuid, so that the same command sent twice is done once. Absent: a new one."""
-    expires_at: float | None
-    """Seconds since the epoch after which the command is refused. Absent: an hour from now for builds, else never."""
-    check_only: bool
-    """Only say whether the command would be accepted."""
-    cast: bool
-    """Do not wait for the worker: the command is accepted when the broker has it, and a refusal is a notification."""
 
 
 class ComputeAPI(ImagesAPI):

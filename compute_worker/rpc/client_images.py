@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from types import MappingProxyType
+from typing import Any, TypeVar, Unpack
 
 from compute_worker.objects import Accepted, CachedImage, SnapshotOptions, StoredImage
-
-if TYPE_CHECKING:
-    from compute_worker.rpc.client import CommandOptions
+from compute_worker.rpc.options import CommandOptions
 
 T = TypeVar("T")
 _DEFAULTS = SnapshotOptions()
+_ANY: Mapping[str, str] = MappingProxyType({})
 
 
 class ImagesAPI(abc.ABC):
@@ -37,7 +37,7 @@ class ImagesAPI(abc.ABC):
         **options: Unpack[CommandOptions],
     ) -> Accepted:
         """Make image ``image`` of an instance's root disk; its guest runs on."""
-        args = {"instance": instance, "image": image, "live": live, "options": image_options}
+        args = {"instance": instance, "image": image, "live": live, "image_options": image_options}
         return self._command(host, "snapshot_instance", options, args)
 
     def snapshot(
@@ -51,7 +51,7 @@ class ImagesAPI(abc.ABC):
         **options: Unpack[CommandOptions],
     ) -> Accepted:
         """The same by its other name."""
-        args = {"instance": instance, "image": image, "live": live, "options": image_options}
+        args = {"instance": instance, "image": image, "live": live, "image_options": image_options}
         return self._command(host, "snapshot", options, args)
 
     def backup_instance(
@@ -71,20 +71,20 @@ class ImagesAPI(abc.ABC):
             "image": image,
             "backup_type": backup_type,
             "rotation": rotation,
-            "options": image_options,
+            "image_options": image_options,
         }
         return self._command(host, "backup_instance", options, args)
 
     def list_images(
         self,
         store: str | None = None,
-        properties: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] = _ANY,
         limit: int = 100,
         *,
         host: str,
     ) -> list[StoredImage]:
         """Images of a store of ``host`` that have all these properties, the newest first."""
-        args = {"store": store, "properties": dict(properties or {}), "limit": limit}
+        args = {"store": store, "properties": dict(properties), "limit": limit}
         return self._query(host, "list_images", list[StoredImage], args, monitored=True)
 
     def list_cached_images(self, *, host: str) -> list[CachedImage]:

@@ -19,13 +19,13 @@ def test_embedded_is_good_quick_and_leaves_nothing(tmp_path: Path) -> None:
     temporary.mkdir()
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary)}
     program = [sys.executable, "-m", "compute_worker.cmd.demo", "--embedded"]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(SCENES)} of {len(SCENES)} steps good" in done.stdout
     assert "define (2 attempts)" in done.stdout
     assert list(temporary.iterdir()) == []
     assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_a_scene_that_fails_is_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,7 @@ pytest.register_assert_rewrite("tests.lab.killcell", "tests.lab.livecell", "test
 
 IN_MAKE_TEST = frozenset({
     "test_lab.py::test_up_in_seconds_and_down_leaves_nothing",
-    "test_lab.py::test_cell_dies_with_its_maker[9]",
-    "test_lab.py::test_worker_process",
     "test_lab.py::test_link_and_port_faults",
-    "test_guest.py::test_guest_boots_ticks_and_shuts_down",
     "test_libvirt_driver.py::test_guests",
     "test_libvirt_guest.py::test_libvirtd_killed_again_and_again",
     "test_kill_real.py::test_worker_killed[start_paused-after_do-undefine-after_record]",
@@ -30,7 +27,9 @@ IN_MAKE_TEST = frozenset({
     "test_kill_real.py::test_qemu_killed",
     "test_kill_real.py::test_rabbitmq_stopped[0.0]",
     "test_kill_real.py::test_host_power_failure",
+    "test_moves_killed.py::test_worker_killed_in_the_middle_of_a_disk[nbd-node1]",
     "test_live_killed.py::test_worker_killed_in_flight[node2]",
+    "test_snapshot_killed.py::test_worker_killed[upload-after_do-True]",
 })
 """One real cell for each class of fault: what `make test` runs. The others are `lab_full`, for `make lab`."""
 

@@ -252,7 +252,9 @@ def test_what_takes_too_long_is_aborted_with_the_numbers(cell):
     driver = cell[SOURCE].driver
     live = dataclasses.replace(driver._settings.live_migration, completion_timeout=0.25)
     driver._settings = dataclasses.replace(driver._settings, live_migration=live)
-    running(cell)
+    cell.boot()
+    endless(cell)
+    cell.migrate()
     found = cell.outcome(SOURCE)
     assert found.state is OperationState.UNDONE
     assert "completion_timeout 0 s for each of 2.0 GiB" in found.error["message"]

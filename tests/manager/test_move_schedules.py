@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from compute_worker.operations.database import Closed
 from tests.manager.cell import Cell
-from tests.manager.machine import quiet_deaths
+from tests.manager.machine import Death, quiet_deaths
 from tests.manager.movematrix import messages_of_scene, points_of, prepared
 from tests.manager.movescenes import SCENES, check
 from tests.manager.net import Mishap
@@ -91,4 +92,6 @@ def _mend(cell: Cell, stop: threading.Event) -> None:
         cell.net.cut.clear()
         for machine in cell.machines.values():
             if machine.dead.is_set():
-                machine.restart()
+                # It may be killed again before it is up.
+                with contextlib.suppress(Closed, Death):
+                    machine.restart()

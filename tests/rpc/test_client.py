@@ -14,7 +14,8 @@ from compute_worker.manager.service import ENDPOINTS
 from compute_worker.messages import Message, MessageKind, messages_of
 from compute_worker.objects import Flavor, ImageMeta, InjectedFile, Instance
 from compute_worker.rpc import client
-from compute_worker.rpc.client import CommandOptions, ComputeAPI
+from compute_worker.rpc.client import ComputeAPI
+from compute_worker.rpc.options import CommandOptions
 from compute_worker.rpc.transport import get_transport
 from tests.rpc.hosts import UUID, Host
 
