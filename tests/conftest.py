@@ -26,6 +26,10 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
+
+
 def lasting_threads() -> set[threading.Thread]:
     """Threads that would keep the interpreter from ending."""
     return {t for t in threading.enumerate() if t.is_alive() and not t.daemon}

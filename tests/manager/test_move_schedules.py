@@ -18,6 +18,8 @@ from tests.manager.movescenes import SCENES, check
 from tests.manager.net import Mishap
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.early
+
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):

@@ -42,7 +42,11 @@ def defective(worker, world, times=1000):
 def test_a_defect_is_said_and_told(worker, world):
     defective(worker, world)
     assert "ValueError" in worker.operations.get(UUID).waiting_for
-    (row,) = [r for r in worker.operations.outbox.peek(10) if r.event_type == "instance.make.waiting"]
+
+    def told():
+        return [r for r in worker.operations.outbox.peek(10) if r.event_type == "instance.make.waiting"]
+
+    (row,) = wait_for(told, what="the notification")
     assert row.payload["error"]["class"] == "ComputeError"
     assert worker.operations.get(UUID).state is OperationState.RUNNING
 

@@ -33,6 +33,8 @@ FILES = {"disk", "disk.local", "disk.swap", "disk.config", "kernel", "disk.info"
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.chmod", "os.rmdir", "os.utime",
                    "subprocess.Popen", "fcntl.flock"})  # fmt: skip
 
+pytestmark = pytest.mark.early
+
 
 def make(host: DiskBuilder) -> None:
     host.prepare_images(GUEST, NullJob())
