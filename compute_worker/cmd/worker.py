@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +53,7 @@ class Daemon:
 
     def __init__(self, settings: config.Settings) -> None:
         self._settings = settings
-        self._asked = threading.Event()
+        self._asked, self._wakeup = socket.socketpair()
 
     def run(self) -> int:
         """Start, wait for a signal, stop."""
@@ -62,8 +62,7 @@ class Daemon:
         from compute_worker.worker import Worker
 
         Path(self._settings.compute.state_path).mkdir(parents=True, exist_ok=True, mode=0o700)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._asked.set())
+        self._listen_to_signals()
         try:
             telemetry = Telemetry(self._settings)
             transport = get_transport(exchange=self._settings.rpc.exchange)
@@ -76,7 +75,7 @@ class Daemon:
             print(f"compute-worker: {exc}", file=sys.stderr)
             return 1
         telemetry.start(worker)
-        self._asked.wait()
+        self._asked.recv(1)
         limit = self._settings.compute.graceful_shutdown_timeout
         deadline = time.monotonic() + limit
         LOG.info("stopping: at most %.0f s", limit)
@@ -85,6 +84,14 @@ class Daemon:
         telemetry.stop(max(0.5, deadline - time.monotonic()))
         LOG.info("stopped%s", "" if ended else "; steps that still ran go on after the next start")
         return 0
+
+    def _listen_to_signals(self) -> None:
+        # The kernel may give a signal to any thread, and Python's handler runs in the main one, which a lock would hold
+        # for ever then: the byte that the signal itself writes wakes it, wherever it came.
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class Settler:
         """End the thread; one that waits for an answer is left to the end of the process."""
         self._stopped = True
         self._woken.set()
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     def wake(self, instance: str) -> None:
         """Something has changed at a peer about an instance: ask now. Its other moves are not asked about."""

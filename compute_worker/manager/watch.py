@@ -49,7 +49,8 @@ class Watch:
     def stop(self, timeout: float = 5.0) -> None:
         """End the thread. One that hangs in the hypervisor is left to the end of the process."""
         self._queue.put(None)
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     @property
     def compared(self) -> threading.Event:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -77,6 +78,21 @@ def test_broker_that_is_not_there_is_waited_for_and_sigterm_ends_it(config, tmp_
     assert "sesame" not in text
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "state" / "journal.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_sigterm_that_another_thread_gets_ends_it(config):
+    path, options = config()
+    worker = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: health(options["telemetry"]["port"]), deadline=20, what="health")
+        other = max(int(thread) for thread in os.listdir(f"/proc/{worker.pid}/task"))
+        assert other != worker.pid
+        # The kernel does so where the main thread is held by a tracer.
+        assert ctypes.CDLL(None).tgkill(worker.pid, other, signal.SIGTERM) == 0
+        assert worker.wait(timeout=15) == 0
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 @pytest.mark.parametrize(

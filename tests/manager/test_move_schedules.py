@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from compute_worker.operations.database import Closed
+from compute_worker.virt.simulated.connection import Died
 from tests.manager.cell import Cell
 from tests.manager.machine import Death, quiet_deaths
 from tests.manager.movematrix import messages_of_scene, points_of, prepared
@@ -95,5 +96,5 @@ def _mend(cell: Cell, stop: threading.Event) -> None:
         for machine in cell.machines.values():
             if machine.dead.is_set():
                 # It may be killed again before it is up.
-                with contextlib.suppress(Closed, Death):
+                with contextlib.suppress(Closed, Death, Died):
                     machine.restart()
