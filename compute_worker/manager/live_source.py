@@ -24,7 +24,7 @@ from compute_worker.manager.peers import Question, Verdict
 from compute_worker.moves import LANDED, Move, Side
 from compute_worker.objects import Instance, MigrateData
 from compute_worker.operations.database import Tx
-from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
+from compute_worker.operations.kinds import Commit, Decided, Do, Kind, Result, Step
 from compute_worker.operations.run import Run, Stopping
 from compute_worker.states import MigrationStatus, PowerState, VmState
 from compute_worker.virt.driver import GuestInfo
@@ -184,7 +184,7 @@ def _fly(core: Core, run: Run) -> Result:
     ended: list[Exception | None] = []
     thread = threading.Thread(target=_flight, args=(core, run, move, ended), name="flight", daemon=True)
     thread.start()
-    _watch(core, run, thread)
+    _watch(core, run, lambda: bool(ended) or not thread.is_alive())
     if not ended:
         raise Stopping
     said = ended[0]
@@ -230,21 +230,26 @@ def _no_data(move: Move) -> MigrateData:
     return MigrateData(migration=move.migration.uuid)
 
 
-def _watch(core: Core, run: Run, thread: threading.Thread) -> None:
+def _watch(core: Core, run: Run, over: Callable[[], bool]) -> None:
     """While it flies: do what an operator forces, and see that a guest that stands still is not running over there."""
     still_since: float | None = None
-    forced = ""
-    while thread.is_alive():
-        run.sleep(_LOOK, until=lambda: not thread.is_alive())
+    forced, suspicious = "", min(_SUSPICIOUS, core.settings.compute.peer_ask_interval * 5)
+    while not over():
+        seen = run.nudges
+        run.sleep(_LOOK, until=lambda s=seen: run.nudges != s or over())  # type: ignore[misc]
         move = _move(core, run)
         _record_postcopy(core, run, move)
         if move.force and move.force != forced and _force(core, run, move):
             forced = move.force
-        if not _stands_still(core, move):
-            still_since = None
+        try:
+            still = _stands_still(core, move)
+            if not still and still_since is not None:
+                # Its hypervisor has let it run on. The flight's end is told later, and two copies may run meanwhile.
+                _hold(core, run, move)
+        except errors.Retryable:
             continue
-        still_since = still_since or time.monotonic()
-        if time.monotonic() - still_since > min(_SUSPICIOUS, core.settings.compute.peer_ask_interval * 5):
+        still_since = (still_since or time.monotonic()) if still else None
+        if still_since is not None and time.monotonic() - still_since > suspicious:
             _end_if_it_runs_there(core, run, move)
 
 
@@ -280,12 +285,10 @@ def _info(core: Core, instance: str) -> GuestInfo | None:
 
 
 def _stands_still(core: Core, move: Move) -> bool:
+    """:raises Retryable: that cannot be said now."""
     if move.instance.vm_state is VmState.PAUSED or move.held:
         return False
-    try:
-        info = _info(core, move.instance.uuid)
-    except errors.Retryable:
-        return False
+    info = _info(core, move.instance.uuid)
     # In a post-copy it has to: its memory is still being fetched from here.
     in_postcopy = info is not None and "post" in info.reason
     return info is not None and info.power_state is PowerState.PAUSED and info.migrating and not in_postcopy
@@ -299,7 +302,10 @@ def _end_if_it_runs_there(core: Core, run: Run, move: Move) -> None:
         return
     if peers.decide(answer, move.journal_id, one_directory=True)[0] is Verdict.YES:
         LOG.warning("instance %s: it runs on host %s: the copy here is ended", run.instance, move.other)
-        core.driver.post_live_migration(leaving(move), move.migration, move.migrate_data or _no_data(move))
+        try:
+            core.driver.post_live_migration(leaving(move), move.migration, move.migrate_data or _no_data(move))
+        except errors.ComputeError as exc:
+            LOG.warning("instance %s: the copy here cannot be ended yet: %s", run.instance, exc)
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
@@ -323,6 +329,7 @@ def _ask(core: Core, run: Run) -> tuple[bool, str]:
     that does not come takes seconds."""
     run.step_aside()
     interval = core.settings.compute.peer_ask_interval
+    again = min(_LOOK, interval)
     while True:
         move, seen = _move(core, run), run.nudges
         if move.forced:
@@ -341,7 +348,8 @@ def _ask(core: Core, run: Run) -> tuple[bool, str]:
                 run.waiting_for = None
                 return verdict is Verdict.YES, why
             run.waiting_for = f"host {move.other}: {why}"
-        run.sleep(interval, until=lambda s=seen: run.nudges != s)  # type: ignore[misc]
+        run.sleep(again, until=lambda s=seen: run.nudges != s)  # type: ignore[misc]
+        again = min(again * 1.5, interval)
 
 
 def in_doubt(info: GuestInfo | None, landed: str) -> bool:
@@ -358,7 +366,11 @@ def _hold(core: Core, run: Run, move: Move) -> None:
     """On record first: whoever dies meanwhile, it runs again after a no."""
     if in_doubt(_info(core, move.instance.uuid), move.landed):
         _change(core, run, held=True)
-        core.driver.pause(move.instance)
+        try:
+            core.driver.pause(move.instance)
+        except errors.ComputeError as exc:
+            run.explain(f"host {move.other} may run the guest, and the copy here cannot be paused: {exc}")
+            return
         run.explain(f"host {move.other} may run the guest: the copy here is paused until that host answers")
 
 
@@ -370,7 +382,7 @@ def _roll_back(core: Core, run: Run) -> None:
     if move.refused is None:
         committed, why = _ask(core, run)
         if committed:
-            raise errors.MigrationFailed(migration=run.chain, reason=f"host {move.other} has it: {why}")
+            raise Decided(f"host {move.other} has it: {why}")
         _change(core, run, refused=why)
     core.driver.rollback_live_migration_at_source(leaving(move), move.migration)
     if _move(core, run).held and not run.preempted:

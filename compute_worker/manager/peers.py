@@ -191,20 +191,21 @@ def ask(core: Core, question: Question, revoke: bool = False, *, quick: bool = F
     """Ask once.
 
     :param quick: two seconds without an answer are silence, as a guest hangs on it.
-    :raises PeerUnavailable: no answer.
+    :raises PeerUnavailable: no answer, or none that says what became of it: its journal has no room, say. It may have
+        decided all the same.
     """
-    asked = core.quick_peers if quick else core.peers
-    return reached(
-        question.host,
-        lambda: asked.settle_operation(
-            question.message,
-            question.instance,
-            question.operation,
-            question.attempt,
-            revoke,
-            host=question.host,
-        ),
-    )
+    asked, host = core.quick_peers if quick else core.peers, question.host
+    try:
+        return reached(
+            host,
+            lambda: asked.settle_operation(
+                question.message, question.instance, question.operation, question.attempt, revoke, host=host
+            ),
+        )
+    except errors.PeerUnavailable:
+        raise
+    except errors.ComputeError as exc:
+        raise errors.PeerUnavailable(f"host {host} cannot say what became of it: {exc}", host=host) from exc
 
 
 def reached(host: str, call: Callable[[], T]) -> T:
@@ -254,11 +255,12 @@ def await_verdict(
                 return verdict is Verdict.YES, answer, why
             run.waiting_for = f"host {question.host}: {why}"
             run.report(run.phase, peer=question.host, peer_phase=answer.phase)
-        _rest(run, interval, seen, cancelled)
+        rest(run, interval, seen, cancelled)
         interval = min(interval * 1.5, slowest)
 
 
-def _rest(run: Run, interval: float, seen: int, cancelled: bool) -> None:
+def rest(run: Run, interval: float, seen: int, cancelled: bool) -> None:
+    """So many seconds, unless it is nudged or cancelled since it was looked at."""
     run.sleep(interval, until=lambda: run.nudges != seen or run.cancel_requested != cancelled)
 
 

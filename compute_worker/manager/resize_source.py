@@ -22,7 +22,7 @@ from compute_worker.manager.resize_destination import runs_again
 from compute_worker.moves import Move, Side
 from compute_worker.objects import DiskInfo, Instance
 from compute_worker.operations.database import Tx
-from compute_worker.operations.kinds import Commit, Do, Kind, Result, Step
+from compute_worker.operations.kinds import Commit, Decided, Do, Kind, Result, Step
 from compute_worker.operations.run import Run
 from compute_worker.states import MigrationStatus
 
@@ -181,7 +181,7 @@ def _take_back(core: Core, run: Run) -> None:
         core, run, _question(move, run), lambda: _move(core, run), journal_id=move.journal_id
     )
     if committed:
-        raise errors.MigrationFailed(migration=run.chain, reason=f"host {move.migration.dest_host} has it: {why}")
+        raise Decided(f"host {move.migration.dest_host} has it: {why}")
     _record_no(core, run, why)
 
 

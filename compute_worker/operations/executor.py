@@ -16,7 +16,7 @@ import tenacity
 from compute_worker.errors import Broken, Cancelled, ComputeError, Retryable, StoreBusy, from_dict
 from compute_worker.operations import journal
 from compute_worker.operations.database import Database, Tx
-from compute_worker.operations.kinds import Commit, Kind, Step
+from compute_worker.operations.kinds import Commit, Decided, Kind, Step
 from compute_worker.operations.outbox import Outbox
 from compute_worker.operations.run import Run, Stopping
 from compute_worker.operations.stuck import Stuck, as_compute_error
@@ -86,17 +86,27 @@ class Executor:
         steps = self._plan(run, kind, failed)
         if steps is None:
             return True
-        if failed is not None:
-            self._undo(run, kind, steps, failed)
-            return True
+        if failed is None:
+            failed = self._go(run, kind, steps)
+        while failed is not None:
+            try:
+                self._undo(run, kind, steps, failed)
+                return True
+            except Decided as decided:
+                self._turn(run, decided)
+                failed = self._go(run, kind, steps)
+        return True
+
+    def _go(self, run: Run, kind: Kind, steps: Sequence[Step]) -> ComputeError | None:
+        """Forward to the end. Returns why it is to be undone, once that is on record."""
         try:
             self._forward(run, kind, steps)
         except Exception as exc:
             self._leave_if_stopping(run, exc)
             if run.committed and not (kind.gives_up or run.preempted):
                 raise
-            self._failed(run, kind, steps, self._as_compute_error(run, exc))
-        return True
+            return self._failed(run, kind, self._as_compute_error(run, exc))
+        return None
 
     def tell_parked(self, run: Run, exc: Exception) -> None:
         """Notify that :meth:`execute` raised ``exc``, and that the operation stays open."""
@@ -125,17 +135,23 @@ class Executor:
         if run.stopping:
             raise Stopping from exc
 
-    def _failed(self, run: Run, kind: Kind, steps: Sequence[Step], error: ComputeError) -> None:
+    def _failed(self, run: Run, kind: Kind, error: ComputeError) -> ComputeError | None:
         if run.committed:
             self._end(run, kind, OperationState.UNDONE, error)
-            return
+            return None
         run.undoing = True
 
         def record(tx: Tx) -> None:
             journal.update(tx, run.id, state=OperationState.UNDOING, error=_json(error.to_dict()))
 
         self._write(run, record)
-        self._undo(run, kind, steps, error)
+        return error
+
+    def _turn(self, run: Run, decided: Decided) -> None:
+        """Forward again, from the step that had failed."""
+        LOG.warning("operation %s: %s: it goes on, whatever had failed: %s", run.uuid, decided, run.error)
+        self._write(run, lambda tx: journal.turn(tx, run.id))
+        run.undoing, run.error, run.waiting_for = False, None, None
 
     @staticmethod
     def _as_compute_error(run: Run, exc: Exception) -> ComputeError:
@@ -273,7 +289,7 @@ class Executor:
         def again(state: tenacity.RetryCallState) -> bool:
             nonlocal counted
             failed = state.outcome.exception() if state.outcome else None
-            if not isinstance(failed, Exception):
+            if not isinstance(failed, Exception) or isinstance(failed, Decided):
                 return False
             counted += not _is_mere_waiting(failed)
             run.waiting_for = str(failed)

@@ -198,6 +198,12 @@ def step_ended(
     )
 
 
+def turn(tx: Tx, operation: int) -> None:
+    """It is not undone after all: it goes on from its first step that is not done."""
+    tx.execute("DELETE FROM steps WHERE operation = ? AND direction = 'undo'", (operation,))
+    update(tx, operation, state=OperationState.RUNNING, error=None)
+
+
 def by_key(tx: Tx, key: str) -> Entry | None:
     """The operation that has this key."""
     row = tx.execute("SELECT * FROM operations WHERE key = ?", (key,)).fetchone()

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 Result = Mapping[str, Any] | None
 
 
+class Decided(Exception):
+    """Raised by an undo: another host has decided for the operation, which therefore goes on from the step that failed.
+
+    Only where the steps undone so far had nothing to put back, and those from there to the COMMIT ask that host again.
+    """
+
+
 class Step(abc.ABC):
     """One journalled piece of an operation.
 
@@ -37,7 +44,10 @@ class Step(abc.ABC):
 
     @abc.abstractmethod
     def undo(self, run: Run) -> None:
-        """Put back what :meth:`do` did wholly, partly or not at all. Repeated with backoff until it ends well."""
+        """Put back what :meth:`do` did wholly, partly or not at all. Repeated with backoff until it ends well.
+
+        :raises Decided: it must not be: nothing that was done before it is undone either.
+        """
 
 
 class Do(Step):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from compute_worker import errors
 from compute_worker.operations.database import Closed
 from compute_worker.operations.executor import Point, decide_again
-from compute_worker.operations.kinds import Commit
+from compute_worker.operations.kinds import Commit, Decided
 from compute_worker.states import OperationState
 from tests.operations.world import STEPS, Death, Worker, World
 from tests.waiting import wait_for
@@ -65,6 +65,39 @@ def test_retryable_error_is_tried_again_and_counted(tmp_path):
     assert done.state is OperationState.DONE
     assert next(s for s in done.steps if s.name == "two").attempts == 3
     worker.close()
+
+
+def test_an_undo_that_hears_of_a_decision_turns_the_operation_forward(tmp_path):
+    world = World()
+    world.failing["two"] = [errors.Broken("no answer")]
+    world.failing["undo-two"] = [Decided("another host has it")]
+    worker = Worker(tmp_path / "j", world)
+    worker.operations.start()
+    done = worker.outcome(worker.send().operation)
+    assert (done.state, done.error) == (OperationState.DONE, None)
+    assert world.made == {"one": 1, "two": 1, "three": 1}
+    assert [s.name for s in done.steps] == list(STEPS)
+    assert worker.events()[-1] == "instance.make.end"
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [("two", "undo", Point.BEFORE_DO), ("two", "do", Point.AFTER_DO), ("commit", "do", Point.BEFORE_RECORD)],
+)
+def test_a_death_about_the_turn_changes_nothing(tmp_path, where):
+    world = World()
+    world.failing["two"] = [errors.Broken("no answer")]
+    world.failing["undo-two"] = [Decided("another host has it")]
+    worker = Worker(tmp_path / "j", world, die_at=where)
+    worker.operations.start()
+    operation = worker.send(operation=UUID).operation
+    wait_for(worker.dead.is_set, what="the worker to die")
+    again = Worker(tmp_path / "j", world)
+    again.operations.start()
+    assert again.outcome(operation).state is OperationState.DONE
+    assert world.made == {"one": 1, "two": 1, "three": 1}
+    again.close()
 
 
 def test_retryable_error_before_commit_ends_after_its_attempts(tmp_path):
