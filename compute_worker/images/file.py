@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compute_worker.virt.driver import Job
 
 PUBLISHED_MODE = 0o640
+_OUT_BYTES = 8 << 20
 _ID = re.compile(ID_PATTERN)
 
 
@@ -97,7 +98,7 @@ class FileStore(ImageStore):
         self, image_id: str, pieces: Iterable[Piece], size_bytes: int | None = None, job: Job | None = None
     ) -> ImageFacts:
         """Write the image; holes stay holes."""
-        part, done = self._part(image_id), 0
+        part, done, out = self._part(image_id), 0, 0
         with self._writing(part, os.O_TRUNC) as fd, Sum() as total:
             for piece in pieces:
                 if job is not None:
@@ -107,6 +108,10 @@ class FileStore(ImageStore):
                         if not isinstance(piece, Hole):
                             sparse.put(fd, data, done)
                     done += len(data)
+                if done - out >= _OUT_BYTES:
+                    with files.disk_errors(part):
+                        sparse.write_out(fd, out, done)
+                    out = done
             with files.disk_errors(part):
                 os.ftruncate(fd, done)
         if size_bytes is not None and done != size_bytes:

@@ -480,14 +480,15 @@ class NullJob:
         return nullcontext()
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Looks ten times a second."""
+        """Looks ten times a second, at first more often."""
         import time
 
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, 0.002
         while not condition():
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(min(0.1, timeout))
+            time.sleep(min(pause, timeout))
+            pause = min(2 * pause, 0.1)
         return True
 
     def wake(self) -> None:

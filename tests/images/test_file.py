@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from compute_worker import errors
 from compute_worker.config import Images
+from compute_worker.images import sparse
 from compute_worker.images.file import FileStore
 from compute_worker.images.store import ORIGIN, Hole
 from compute_worker.objects import ImageMeta
 from tests.images.support import Job, sha256
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -169,6 +172,25 @@ def test_holes_take_no_place_and_count(store: FileStore) -> None:
     path = store.local_path("snap")
     assert path is not None and path.stat().st_blocks * 512 <= 1 << 20
     assert path.read_bytes() == whole
+
+
+def test_a_large_image_is_on_its_way_to_the_disk_before_its_end(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part once, in order, and the file is the same."""
+    told: list[tuple[int, int]] = []
+    write_out = sparse.write_out
+
+    def see(fd: int, begin: int, end: int) -> None:
+        told.append((begin, end))
+        write_out(fd, begin, end)
+
+    monkeypatch.setattr(sparse, "write_out", see)
+    store.create(snapshot())
+    store.write("snap", [bytes([number]) * MIB for number in range(37)])
+    store.publish("snap")
+    assert told == [(at * MIB, (at + 8) * MIB) for at in range(0, 32, 8)]
+    assert read(store, "snap") == (0, b"".join(bytes([number]) * MIB for number in range(37)))
 
 
 PATCHES = st.lists(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compute_worker.images.store import Hole, Piece
 from compute_worker.virt.driver import Job
 from compute_worker.virt.libvirt.snapshot import qcow2_writer, reading
-from compute_worker.virt.libvirt.snapshot.reading import PIECE, Reader, Still
+from compute_worker.virt.libvirt.snapshot.reading import Reader, Still
 from compute_worker.virt.libvirt.transfer import extents
 from compute_worker.virt.libvirt.transfer.extents import Extent
 
@@ -47,7 +47,7 @@ def _read(data: Iterable[Extent], connect: Callable[[], Reader], job: Job) -> It
     wanted = list(data)
     total, done = extents.length(wanted), 0
     job.report(PHASE, 0, total)
-    for piece in reading.read(qcow2_writer.cut(wanted, PIECE), connect, job):
+    for piece in reading.read(reading.gather(wanted), connect, job):
         yield piece
         done += len(piece)
         job.report(PHASE, done, total)
@@ -62,10 +62,12 @@ def _qcow2(layout: qcow2_writer.Layout, data: Iterator[bytearray]) -> Iterator[P
 
 def _raw(still: Still, data: Iterator[bytearray]) -> Iterator[Piece]:
     at = 0
-    for (begin, end), piece in zip(qcow2_writer.cut(still.data, PIECE), data, strict=True):
-        if begin > at:
-            yield Hole(begin - at)
-        yield piece
-        at = end
+    for gathered, piece in zip(reading.gather(still.data), data, strict=True):
+        view = memoryview(piece)
+        for begin, end in gathered:
+            if begin > at:
+                yield Hole(begin - at)
+            yield view[: end - begin]
+            view, at = view[end - begin :], end
     if at < still.size:
         yield Hole(still.size - at)

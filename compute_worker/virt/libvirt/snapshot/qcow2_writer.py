@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from compute_worker.virt.libvirt.transfer import extents
@@ -194,10 +194,3 @@ def _counters(clusters: int) -> tuple[int, int]:
 
 def _up(number: int, unit: int) -> int:
     return -(-number // unit)
-
-
-def cut(data: Sequence[Extent] | Iterable[Extent], most: int) -> Iterator[Extent]:
-    """The same in pieces of at most ``most`` bytes."""
-    for begin, end in data:
-        for at in range(begin, end, most):
-            yield at, min(end, at + most)

@@ -13,12 +13,16 @@ from typing import Protocol
 from compute_worker.virt.driver import Job
 from compute_worker.virt.libvirt.transfer import extents, layer
 from compute_worker.virt.libvirt.transfer.extents import Extent
-from compute_worker.virt.libvirt.transfer.nbd import Connection, NbdError
+from compute_worker.virt.libvirt.transfer.nbd import Connection, NbdError, Part
 
 PIECE = 2 << 20
+PARTS = 64
+"""Extents that one piece is gathered from, at most: a disk's data is scattered in what may be 64 KiB each."""
 STREAMS = 2
 AHEAD = 8
 """Pieces that are read or wait for the store: 16 MiB in memory, whatever the disk's size."""
+Gathered = tuple[Extent, ...]
+"""What one piece holds, one after the other."""
 
 
 class Unreadable(Exception):
@@ -38,14 +42,14 @@ class Still:
 class Reader(Protocol):
     """Reads parts of a disk; used by one thread, but for :meth:`abort`."""
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer.
+    def read_parts(self, parts: Iterable[Part]) -> None:
+        """Fill the buffers.
 
         :raises NbdError: it cannot be read.
         """
 
     def abort(self) -> None:
-        """Whoever waits in :meth:`read_into` leaves; from any thread."""
+        """Whoever waits in :meth:`read_parts` leaves; from any thread."""
 
     def close(self) -> None:
         """Done with it."""
@@ -75,19 +79,19 @@ class Merged:
         self._parent = parent
         self._dirty = dirty
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
+    def read_parts(self, parts: Iterable[Part]) -> None:
         """Some from here, some from there."""
-        end, at = offset + len(buffer), offset
-        for first, last in layer.within(self._dirty, offset, end):
-            self._from(self._parent, buffer, offset, at, first)
-            self._from(self._now, buffer, offset, first, last)
-            at = last
-        self._from(self._parent, buffer, offset, at, end)
-
-    @staticmethod
-    def _from(reader: Reader, buffer: memoryview, offset: int, begin: int, end: int) -> None:
-        if begin < end:
-            reader.read_into(buffer[begin - offset : end - offset], begin)
+        now: list[Part] = []
+        parent: list[Part] = []
+        for offset, buffer in parts:
+            end, at = offset + len(buffer), offset
+            for first, last in layer.within(self._dirty, offset, end):
+                parent.append((at, buffer[at - offset : first - offset]))
+                now.append((first, buffer[first - offset : last - offset]))
+                at = last
+            parent.append((at, buffer[at - offset :]))
+        for reader, some in ((self._parent, parent), (self._now, now)):
+            reader.read_parts([part for part in some if len(part[1])])
 
     def abort(self) -> None:
         """Both."""
@@ -100,7 +104,25 @@ class Merged:
         self._parent.close()
 
 
-def read(pieces: Iterable[Extent], connect: Callable[[], Reader], job: Job) -> Iterator[bytearray]:
+def gather(data: Iterable[Extent], most: int = PIECE) -> Iterator[Gathered]:
+    """The same extents, in their order, as pieces of at most ``most`` bytes."""
+    piece: list[Extent] = []
+    room = most
+    for begin, end in data:
+        at = begin
+        while at < end:
+            last = min(end, at + room)
+            piece.append((at, last))
+            room -= last - at
+            at = last
+            if not room or len(piece) == PARTS:
+                yield tuple(piece)
+                piece, room = [], most
+    if piece:
+        yield tuple(piece)
+
+
+def read(pieces: Iterable[Gathered], connect: Callable[[], Reader], job: Job) -> Iterator[bytearray]:
     """The bytes of ``pieces`` in their order, a few of them read ahead over several connections.
 
     :param connect: makes an open reader for one thread.
@@ -110,11 +132,11 @@ def read(pieces: Iterable[Extent], connect: Callable[[], Reader], job: Job) -> I
     readers: list[Reader] = []
     idle: queue.SimpleQueue[Reader] = queue.SimpleQueue()
 
-    def fetch(piece: Extent) -> bytearray:
-        buffer = bytearray(piece[1] - piece[0])
+    def fetch(piece: Gathered) -> bytearray:
+        buffer = bytearray(extents.length(piece))
         reader = idle.get()
         try:
-            reader.read_into(memoryview(buffer), piece[0])
+            reader.read_parts(_spread(piece, memoryview(buffer)))
         finally:
             idle.put(reader)
         return buffer
@@ -150,3 +172,10 @@ def read(pieces: Iterable[Extent], connect: Callable[[], Reader], job: Job) -> I
         for reader in readers:
             with suppress(NbdError):
                 reader.close()
+
+
+def _spread(piece: Gathered, buffer: memoryview) -> Iterator[Part]:
+    at = 0
+    for begin, end in piece:
+        yield begin, buffer[at : at + end - begin]
+        at += end - begin

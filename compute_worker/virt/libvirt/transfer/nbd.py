@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ FLUSH_SECONDS = 300.0
 """A flush may wait for a slow disk to take what has piled up."""
 IN_FLIGHT = 4
 """Requests of one connection that are not answered yet; the server holds the bytes of each in memory."""
+Part = tuple[int, memoryview]
+"""An offset of a disk, and where its bytes go."""
 
 
 class NbdError(Exception):
@@ -238,12 +240,24 @@ class Connection:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with what is at ``offset``."""
+        self.read_parts([(offset, buffer)])
+
+    def read_parts(self, parts: Iterable[Part]) -> None:
+        """Fill each buffer with what is at its offset. All are asked for at once, so that many small ones take hardly
+        longer than one large one; the server holds the bytes of each in memory.
+
+        :raises RequestFailed: one cannot be read; the connection is of no use any more.
+        """
         self._settle(0)
-        what = f"reading {len(buffer)} bytes at {offset}"
-        handle = self._request(_READ, offset, len(buffer), what=what)
-        while self._reply(handle, what, buffer, offset):
-            continue
-        del self._in_flight[handle]
+        wanted: dict[int, Part] = {}
+        requests = bytearray()
+        for offset, buffer in parts:
+            handle = self._begin(f"reading {len(buffer)} bytes at {offset}")
+            requests += HEADER.pack(_REQUEST, 0, _READ, handle, offset, len(buffer))
+            wanted[handle] = (offset, buffer)
+        self._send(memoryview(requests))
+        while wanted:
+            self._reply(wanted)
 
     def block_status(self, context: str, offset: int, count: int) -> list[Status]:
         """What ``context`` says of the range, from its beginning; the server may answer for less of it, or more."""
@@ -314,34 +328,41 @@ class Connection:
             raise RequestFailed(what, _unpack(">I", body[:4])[0])
         return flags, kind, body
 
-    def _reply(self, handle: int, what: str, buffer: memoryview, offset: int) -> bool:
-        """One piece of the answer to a read; whether more follows."""
+    def _reply(self, wanted: dict[int, Part]) -> None:
+        """One piece of an answer to one of the reads, which come in any order; whoever has all of his leaves."""
         if not self._structured:
-            magic, code, about = _unpack(">IIQ", self._receive(16))
-            if magic != _SIMPLE or about != handle:
+            magic, code, handle = _unpack(">IIQ", self._receive(16))
+            if magic != _SIMPLE or handle not in wanted:
                 raise NbdError("the server's answer is garbled")
             if code:
-                raise RequestFailed(what, code)
-            self._receive_into(buffer)
-            return False
-        magic, flags, kind, about, length = _unpack(">IHHQI", self._receive(20))
-        if magic != _STRUCTURED or about != handle or length > _MAX_REPLY:
-            raise NbdError("the server's answer is garbled")
+                raise RequestFailed(self._in_flight[handle], code)
+            self._receive_into(wanted[handle][1])
+            flags = 1
+        else:
+            magic, flags, kind, handle, length = _unpack(">IHHQI", self._receive(20))
+            if magic != _STRUCTURED or handle not in wanted or length > _MAX_REPLY:
+                raise NbdError("the server's answer is garbled")
+            self._fill(wanted[handle], kind, length, self._in_flight[handle])
+        if flags & 1:
+            del wanted[handle], self._in_flight[handle]
+
+    def _fill(self, part: Part, kind: int, length: int, what: str) -> None:
+        """Take a piece of a structured answer to where it belongs."""
+        offset, buffer = part
         if kind == _DATA:
             at = _unpack(">Q", self._receive(8))[0] - offset
             if at < 0 or at + length - 8 > len(buffer):
                 raise NbdError("the server answers a read with other bytes")
             self._receive_into(buffer[at : at + length - 8])
-        else:
-            body = bytes(self._receive(length))
-            if kind & _ERROR:
-                raise RequestFailed(what, _unpack(">I", body[:4])[0])
-            if kind == _HOLE:
-                first, count = _unpack(">QI", body)
-                if first < offset or first - offset + count > len(buffer):
-                    raise NbdError("the server answers a read with other bytes")
-                buffer[first - offset : first - offset + count] = bytes(count)
-        return not flags & 1
+            return
+        body = bytes(self._receive(length))
+        if kind & _ERROR:
+            raise RequestFailed(what, _unpack(">I", body[:4])[0])
+        if kind == _HOLE:
+            first, count = _unpack(">QI", body)
+            if first < offset or first - offset + count > len(buffer):
+                raise NbdError("the server answers a read with other bytes")
+            buffer[first - offset : first - offset + count] = bytes(count)
 
     def _send(self, data: bytes | memoryview) -> None:
         try:

@@ -96,6 +96,3 @@ def test_a_disk_that_cannot_be(size: int) -> None:
     with pytest.raises(ValueError, match="cannot be made"):
         qcow2_writer.plan(size, [])
 
-
-def test_pieces() -> None:
-    assert list(qcow2_writer.cut([(0, 5), (7, 9)], 2)) == [(0, 2), (2, 4), (4, 5), (7, 9)]

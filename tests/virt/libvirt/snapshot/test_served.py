@@ -26,7 +26,7 @@ def test_base_and_overlay_are_read_as_one(tmp_path: Path) -> None:
     with Served("disk", source, tmp_path, 60) as served:
         still = served.look()
         assert (still.size, still.data, still.dirty) == (4 * MIB, ((0, MIB), (3 * MIB, 3 * MIB + 65536)), None)
-        found = b"".join(read([(100 << 10, 200 << 10)], served.connect, RecordingJob()))
+        found = b"".join(read([((100 << 10, 200 << 10),)], served.connect, RecordingJob()))
         assert found == b"b" * (28 << 10) + b"c" * (64 << 10) + b"b" * (8 << 10)
     assert sorted(os.listdir(tmp_path)) == ["base", "disk"] and not processes("qemu-nbd", str(tmp_path))
 
@@ -39,7 +39,7 @@ def test_a_name_in_the_disk_is_not_followed(tmp_path: Path) -> None:
     content = disk.read_bytes()
     for source, wanted in ((node(disk, "raw"), content[:65536]), (node(disk, "qcow2"), bytes(65536))):
         with Served("disk", source, tmp_path, 60) as served:
-            assert b"".join(read([(0, 65536)], served.connect, RecordingJob())) == wanted
+            assert b"".join(read([((0, 65536),)], served.connect, RecordingJob())) == wanted
 
 
 def test_a_node_names_everything() -> None:

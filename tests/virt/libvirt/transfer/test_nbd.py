@@ -55,6 +55,44 @@ def test_what_is_written_is_read(export: Export, contexts: tuple[str, ...]) -> N
     connection.close()
 
 
+@pytest.mark.parametrize("contexts", [(), (ALLOCATION,)])
+def test_many_parts_are_read_together(export: Export, tmp_path: Path, contexts: tuple[str, ...]) -> None:
+    """More than the server works on at once; across data and holes."""
+    connection = opened(export, *contexts)
+    content = (tmp_path / "disk").read_bytes()
+    places = [(at, min(at + 50_000, 4 * MIB)) for at in range(0, 4 * MIB, 60_000)]
+    found = [bytearray(end - begin) for begin, end in reversed(places)]
+    connection.read_parts([(begin, memoryview(one)) for (begin, _), one in zip(reversed(places), found, strict=True)])
+    assert [bytes(one) for one in found] == [content[begin:end] for begin, end in reversed(places)]
+    connection.read_parts([])
+    one = bytearray(10)
+    connection.read_into(memoryview(one), MIB)
+    assert one == content[MIB : MIB + 10]
+    connection.close()
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations(range(6)))
+def test_answers_come_in_any_order(order: list[int]) -> None:
+    """Handles count from 1: the option to open it has none."""
+    words = b"".join(struct.pack(">IIQ", 0x67446698, 0, 1 + at) + bytes([at] * 10) for at in order)
+    connection = Connection(("127.0.0.1", Liar(GREETING + go(MIB) + words).port), "disk")
+    connection.open()
+    found = [bytearray(10) for _ in range(6)]
+    connection.read_parts((at * 100, memoryview(one)) for at, one in enumerate(found))
+    assert found == [bytearray([at] * 10) for at in range(6)]
+    connection.close()
+
+
+def test_an_answer_to_what_nobody_asked() -> None:
+    words = struct.pack(">IIQ", 0x67446698, 0, 9) + bytes(10)
+    connection = Connection(("127.0.0.1", Liar(GREETING + go(MIB) + words).port), "disk")
+    connection.open()
+    with pytest.raises(NbdError, match="garbled"):
+        connection.read_into(memoryview(bytearray(10)), 0)
+    connection.close()
+
+
 def test_holes_are_told(export: Export) -> None:
     connection = opened(export, ALLOCATION)
     assert connection.block_status(ALLOCATION, 0, 4 * MIB) == [Status(MIB, 3), Status(MIB, 0), Status(2 * MIB, 3)]
