@@ -330,6 +330,7 @@ class OperationAnswer(Object, frozen=True, kw_only=True):
     """Whether the host decided for it: it owns what the command was to bring."""
     phase: str = ""
     error: dict[str, Any] | None = None
+    """Why it ended undone, or will: it was cancelled, or what it is to do has failed."""
     journal_id: str = ""
     clean: bool = True
     """Whether the host has neither a guest nor files of the instance (what a no is worth after a lost journal)."""

@@ -221,16 +221,18 @@ class LiveMigrationEndpoint:
             )  # fmt: skip
 
     def _prepared(self, migration: Migration, operation: str) -> MigrateData:
-        deadline = time.monotonic() + LONGEST_WAIT
-        while True:
+        def said() -> MigrateData | None:
             move = self._core.moves.get(migration.uuid, Side.DESTINATION)
-            if move.handed_over and move.migrate_data is not None and not move.closed:
-                return move.migrate_data
-            found = self._operations.get(operation, wait=0.2)
-            if found.state.final:
-                raise errors.from_dict(found.error or {})
-            if time.monotonic() > deadline:
-                raise errors.HypervisorUnavailable(reason=f"host {self._core.host} is still preparing ({found.phase})")
+            return move.migrate_data if move.handed_over and not move.closed else None
+
+        self._operations.wait(lambda: said() is not None or self._operations.get(operation).state.final, LONGEST_WAIT)
+        data = said()
+        if data is not None:
+            return data
+        found = self._operations.get(operation)
+        if found.state.final:
+            raise errors.from_dict(found.error or {})
+        raise errors.HypervisorUnavailable(reason=f"host {self._core.host} is still preparing ({found.phase})")
 
     def _accept(
         self,

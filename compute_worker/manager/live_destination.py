@@ -121,7 +121,7 @@ def _await_guest(core: Core, run: Run) -> Result:
     run.step_aside()
     interval = core.settings.compute.peer_ask_interval
     while True:
-        seen = run.nudges
+        seen, cancelled = run.nudges, run.cancel_requested
         try:
             arrived, error = _look(core, run)
         except errors.ComputeError as exc:
@@ -131,7 +131,7 @@ def _await_guest(core: Core, run: Run) -> Result:
             return {"arrived": True}
         if error is not None:
             raise error
-        run.sleep(interval, until=lambda s=seen: run.nudges != s)  # type: ignore[misc]
+        peers.rest(run, interval, seen, cancelled)
 
 
 def _look(core: Core, run: Run) -> tuple[bool, ComputeError | None]:

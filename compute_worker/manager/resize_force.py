@@ -55,9 +55,7 @@ def completed(core: Core, answer: OperationAnswer, message: str, uuid: str) -> O
     """
     now = core.database.read(lambda tx: core.store.find(tx, uuid))
     if answer.known:
-        moves = core.database.read(lambda tx: core.moves.of(tx, uuid)) if message == "live_migration" else []
-        landed = any(move.side is Side.SOURCE and move.landed_well for move in moves)
-        return msgspec.structs.replace(answer, landed=landed)
+        return _with_flight(core, answer, uuid) if message == "live_migration" else answer
     owns = message in _TAKES and now is not None and now.host == core.host
     kinds = {left.kind for left in core.driver.list_leftovers() if left.uuid == uuid}
     return msgspec.structs.replace(
@@ -67,6 +65,18 @@ def completed(core: Core, answer: OperationAnswer, message: str, uuid: str) -> O
         clean=not kinds & {"domain", "directory"},
         generation=now.generation if now is not None else 0,
     )
+
+
+def _with_flight(core: Core, answer: OperationAnswer, uuid: str) -> OperationAnswer:
+    """How the flight ended, where it has and nothing is decided yet."""
+    moves = core.database.read(lambda tx: core.moves.of(tx, uuid))
+    move = next((move for move in moves if move.side is Side.SOURCE), None)
+    if move is None or not move.landed:
+        return answer
+    error = answer.error
+    if error is None and not move.landed_well and not answer.committed:
+        error = errors.MigrationFailed(migration=move.migration.uuid, reason=move.landed).to_dict()
+    return msgspec.structs.replace(answer, landed=move.landed_well, error=error)
 
 
 def require_silent(core: Core, migration: str, destination_is_off: bool) -> None:

@@ -49,6 +49,7 @@ class Runner:
         self._runs: dict[int, Run] = {}
         self._parked: set[int] = set()
         self._threads: set[threading.Thread] = set()
+        self._news = 0
         self._started = False
         self._stopping = False
 
@@ -71,7 +72,7 @@ class Runner:
             if not self._started or self._stopping or entry.id in self._runs:
                 return
             run = Run(entry)
-            run.on_report = self._on_report
+            run.on_report = self._reported
             run.on_step_aside = partial(self._admit_others, self._admission.step_aside)
             run.on_yield_slot = partial(self._admit_others, self._admission.yield_slot)
             run.on_claim_slot = partial(self._admit_others, self._admission.claim_slot)
@@ -106,7 +107,18 @@ class Runner:
         finally:
             with self._lock:
                 self._threads.discard(threading.current_thread())
-                self._lock.notify_all()
+                self._tell()
+
+    def _reported(self, run: Run, new_phase: bool) -> None:
+        if new_phase:
+            with self._lock:
+                self._tell()
+        self._on_report(run, new_phase)
+
+    def _tell(self) -> None:
+        """Under the lock: an operation ended, or is in another phase."""
+        self._news += 1
+        self._lock.notify_all()
 
     def _to_its_end(self, run: Run) -> None:
         started = time.monotonic()
@@ -187,16 +199,21 @@ class Runner:
             runs = [run for run in self._runs.values() if run.kind == kind]
         return [(run.instance, run.progress) for run in runs if run.progress is not None]
 
-    def wait_final(self, is_final: Callable[[], bool], timeout: float) -> bool:
-        """Wait until ``is_final()``, looked at whenever an operation ends; false when ``timeout`` seconds are over."""
+    def wait(self, until: Callable[[], bool], timeout: float) -> bool:
+        """Wait until ``until()``, looked at when an operation ends or enters another phase; false when ``timeout``
+        seconds are over."""
         deadline = time.monotonic() + timeout
-        while not is_final():
+        while True:
+            seen = self._news
+            if until():
+                return True
             left = deadline - time.monotonic()
             if left <= 0 or self._stopping:
                 return False
             with self._lock:
-                self._lock.wait(min(left, 1.0))
-        return True
+                # What was told since it was looked at is not told again.
+                if self._news == seen:
+                    self._lock.wait(min(left, 1.0))
 
     def counts(self) -> tuple[int, dict[str, int]]:
         """How many operations wait, and how many run by class."""

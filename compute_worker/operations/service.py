@@ -294,6 +294,9 @@ class Operations:
                 journal.tombstone(tx, f"key/{key}", "revoked", time.time() + MAX_EXPIRY + self._key_retention)
                 return objects.OperationAnswer(known=False, journal_id=self.database.journal_id)
             ends = entry.committed or entry.state.final or entry.state is OperationState.UNDOING
+            error = entry.error
+            if entry.cancel_requested and not ends:
+                error = errors.Cancelled(f"operation {operation} was cancelled").to_dict()
             if revoke and not ends and not entry.cancel_requested:
                 journal.update(tx, entry.id, cancel_requested=1)
                 rows.append(entry.id)
@@ -302,7 +305,7 @@ class Operations:
                 state=entry.state,
                 committed=entry.committed,
                 phase=entry.phase,
-                error=entry.error,
+                error=error,
                 journal_id=self.database.journal_id,
             )
 
@@ -325,7 +328,7 @@ class Operations:
             raise errors.OperationNotFound(operation=uuid)
         if wait and not entry.state.final:
             row = entry.id
-            self._runner.wait_final(lambda: self.database.read(lambda tx: journal.by_id(tx, row)).state.final, wait)
+            self.wait(lambda: self.database.read(lambda tx: journal.by_id(tx, row)).state.final, wait)
 
         def look(tx: Tx) -> objects.Operation:
             return journal.view(
@@ -333,6 +336,11 @@ class Operations:
             )
 
         return self._runner.live(self.database.read(look), entry.id)
+
+    def wait(self, until: Callable[[], bool], timeout: float) -> bool:
+        """Wait until ``until()``, looked at when an operation ends or enters another phase; false when ``timeout``
+        seconds are over."""
+        return self._runner.wait(until, timeout)
 
     def list(self, since: int | None, instance: str | None, open_only: bool) -> list[objects.Operation]:
         """Operations without their steps, in order of change after ``since``; at most 1,000 at once."""

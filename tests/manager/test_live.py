@@ -6,7 +6,8 @@ import pytest
 
 from compute_worker import errors
 from compute_worker.manager import live_source
-from compute_worker.states import OperationState, PowerState, VmState
+from compute_worker.moves import Side
+from compute_worker.states import MigrationStatus, OperationState, PowerState, VmState
 from tests.manager.cell import DESTINATION, MIGRATION, OPERATION, SOURCE, UUID, WRITTEN, Cell
 from tests.manager.machine import quiet_deaths
 from tests.waiting import wait_for
@@ -18,8 +19,13 @@ def _quiet(monkeypatch):
 
 
 @pytest.fixture
-def cell(tmp_path):
-    cell = Cell(tmp_path)
+def options():
+    return {}
+
+
+@pytest.fixture
+def cell(tmp_path, options):
+    cell = Cell(tmp_path, **options)
     yield cell
     cell.close()
 
@@ -97,16 +103,34 @@ def test_stopped_in_the_middle_the_guest_goes_on(cell, how):
         cell[SOURCE].send("live_migration_abort", UUID, MIGRATION)
     else:
         cell[SOURCE].send("cancel_operation", OPERATION)
-    assert cell.outcome(SOURCE).state is OperationState.UNDONE
-    assert cell.outcome(DESTINATION).state is OperationState.UNDONE
+    both_say(cell, "Cancelled", MigrationStatus.CANCELLED)
     stayed(cell)
 
 
 def test_cancelled_at_the_destination(cell):
     flying(cell)
     cell[DESTINATION].send("cancel_operation", OPERATION)
-    assert cell.outcome(DESTINATION).state is OperationState.UNDONE
-    assert cell.outcome(SOURCE).state is OperationState.UNDONE
+    both_say(cell, "Cancelled", MigrationStatus.CANCELLED)
+    stayed(cell)
+
+
+def both_say(cell: Cell, error: str, status: MigrationStatus) -> set[str]:
+    """It came to nothing on both hosts for the same reason; in whose words."""
+    said = [(cell.outcome(name), side) for name, side in ((SOURCE, Side.SOURCE), (DESTINATION, Side.DESTINATION))]
+    assert [found.state for found, _ in said] == [OperationState.UNDONE] * 2
+    assert [found.error["class"] for found, _ in said] == [error] * 2
+    cell.quiet()
+    for found, side in said:
+        assert cell[found.host].worker.core.moves.get(MIGRATION, side).status is status
+    return {found.error["message"] for found, _ in said}
+
+
+@pytest.mark.parametrize("options", [{"peer_ask_interval": 60.0}])
+def test_an_abort_is_settled_at_once(cell):
+    """Not when the two hosts would ask each other anyway."""
+    flying(cell)
+    cell[SOURCE].send("live_migration_abort", UUID, MIGRATION)
+    both_say(cell, "Cancelled", MigrationStatus.CANCELLED)
     stayed(cell)
 
 
@@ -180,13 +204,39 @@ def test_the_copy_that_was_let_run_on_is_held_before_the_destination_is_asked(ce
     assert cell.simulated.running_copies(UUID) == [DESTINATION]
 
 
+def test_the_copy_that_was_let_run_on_is_held_before_the_flight_has_ended(cell, monkeypatch):
+    """That the flight failed is told later than that the copy runs on: what says so first counts."""
+    cell.boot()
+    cell[SOURCE].host.finish_timeout = 0.3
+    driver, host = cell[SOURCE].driver, cell[SOURCE].host
+    fly = driver.live_migration
+
+    def lost(uuid: str) -> None:
+        cell.net.cut.add(DESTINATION)
+        raise errors.PeerUnavailable(host=DESTINATION)
+
+    def late(*arguments):
+        try:
+            fly(*arguments)
+        finally:
+            wait_for(lambda: host.power_of(UUID) is PowerState.PAUSED, what="the copy to be held")
+
+    host.faults.hook("migrate_finish", lost, times=1)
+    monkeypatch.setattr(driver, "live_migration", late)
+    cell.migrate()
+    wait_for(lambda: cell.phase(SOURCE) == "await_outcome", what="the end of the flight")
+    cell.net.cut.clear()
+    assert cell.outcome(SOURCE).state is OperationState.DONE
+    cell.quiet()
+    assert cell.simulated.running_copies(UUID) == [DESTINATION]
+
+
 def test_the_flight_fails_and_the_guest_goes_on(cell):
     cell.boot()
     cell[DESTINATION].host.faults.fail("receive", errors.DiskFull(path="instances"), times=1)
     cell.migrate()
-    found = cell.outcome(SOURCE)
-    assert found.state is OperationState.UNDONE
-    assert "no space left" in found.error["message"]
+    (said,) = both_say(cell, "MigrationFailed", MigrationStatus.FAILED)
+    assert "no space left" in said
     stayed(cell)
 
 
